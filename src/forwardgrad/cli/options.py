@@ -1,0 +1,145 @@
+"""Flags of the commands that run experiments: every field of a preset and of its model, by tyro."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import re
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import tyro
+
+from forwardgrad import models, presets
+from forwardgrad.errors import InputError, unknown
+from forwardgrad.presets import Experiment
+
+E = TypeVar("E")
+R = TypeVar("R")
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where data come from."""
+
+    data_dir: Path | None = None
+    """folder of the data sets; by default $FORWARDGRAD_DATA, then the user's cache"""
+    offline: bool = False
+    """never download"""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Command(Generic[E, R]):
+    experiment: E
+    options: R
+
+
+def parse(command: str, argv: list[str], options: Any, about: str) -> tuple[str, Experiment[Any], Any]:
+    """`[PRESET] [--model NAME] [flags]`.
+
+    Args:
+      command: its name, for the usage line.
+      argv: what follows it.
+      options: a dataclass instance: the command's own flags with their defaults.
+      about: for --help.
+
+    Returns:
+      The preset's name, the experiment, the options.
+
+    Raises:
+      InputError: an unknown preset, model or flag, or a value that does not parse.
+    """
+    argv = list(argv)
+    name = argv.pop(0) if argv and not argv[0].startswith("-") else "digits"
+    experiment = presets.find(name)
+    model = _take(argv, "--model")
+    if model is not None and model != models.name_of(experiment.model):
+        try:
+            experiment = dataclasses.replace(experiment, model=models.find(model)())
+        except TypeError as error:
+            raise InputError(
+                f"model {model!r} has fields without a default ({error}): give each one a default."
+            ) from error
+    kind = _Command[Experiment[type(experiment.model)], type(options)]  # pyright: ignore[reportInvalidTypeArguments]
+    more = " --model NAME takes another model (its fields are flags too), by name or as package.module:object."
+    found = tyro_cli(
+        command,
+        argv,
+        kind,
+        prog=f"forwardgrad {command} [PRESET]",
+        description=about + more,
+        default=_Command(experiment, options),
+    )
+    return name, found.experiment, found.options
+
+
+def tyro_cli(
+    command: str, argv: list[str], kind: Any, prog: str = "", description: str | None = None, default: Any = None
+) -> Any:
+    """`tyro.cli`, whose complaints become one sentence.
+
+    Raises:
+      InputError: an unknown flag, a missing argument, a value that does not parse.
+    """
+    flags = {"--help", *_flags(kind if default is None else default)}
+    for word in argv:
+        flag = word.partition("=")[0].replace("_", "-")
+        if word.startswith("--") and flag not in flags:
+            raise unknown("flag", flag, flags, f"`forwardgrad {command} --help` lists them.")
+    shown, complaint = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                kind,
+                args=argv,
+                prog=prog or f"forwardgrad {command}",
+                description=description,
+                config=(tyro.conf.OmitArgPrefixes,),
+                **({} if default is None else {"default": default}),
+            )
+    except SystemExit as stop:
+        print(shown.getvalue(), end="")
+        if stop.code in (0, None):
+            raise
+        raise InputError(f"{_sentence(complaint.getvalue())} `forwardgrad {command} --help` lists the flags.") from None
+
+
+def _take(argv: list[str], flag: str) -> str | None:
+    """Remove `flag VALUE` or `flag=VALUE` from the arguments, and return the value."""
+    for i, word in enumerate(argv):
+        if word.startswith(flag + "="):
+            return argv.pop(i).partition("=")[2]
+        if word == flag:
+            if i + 1 == len(argv):
+                raise InputError(f"{flag} needs a value: see `forwardgrad list models`.")
+            del argv[i]
+            return argv.pop(i)
+    return None
+
+
+def _flags(value: Any) -> set[str]:
+    """The flags that tyro makes of a dataclass or an instance of one, nested ones without prefix."""
+    out: set[str] = set()
+    for field in dataclasses.fields(value):
+        inner = getattr(value, field.name, None)
+        if "Positional" in str(field.type):
+            continue
+        if dataclasses.is_dataclass(inner):
+            out |= _flags(inner)
+        else:
+            name = field.name.replace("_", "-")
+            out |= {f"--{name}", f"--no-{name}"} if field.type in ("bool", bool) else {f"--{name}"}
+    return out
+
+
+def _sentence(message: str) -> str:
+    """tyro's boxed complaint as one line."""
+    lines = [
+        re.sub(r"[│╭╮╰╯─|]+|-{5,}", " ", re.sub(r"\x1b\[[0-9;]*m", "", line)).strip() for line in message.splitlines()
+    ]
+    words = re.sub(r"\s+", " ", " ".join(line for line in lines if line and not line.startswith("For full helptext")))
+    words = re.split(r" Argument helptext:| Full helptext:| forwardgrad \w+ --help", words)[0].strip()
+    words = re.sub(r"^(Parsing error|Value error|Invalid choice|Required options|Unrecognized options)\s*", "", words)
+    words = re.sub(r" \(required\)", "", re.sub(r"^Missing from [^:]*:", "missing:", words))
+    return words if words.endswith((".", "?")) else f"{words}."

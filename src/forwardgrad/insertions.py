@@ -1,0 +1,82 @@
+"""Insertions: which sites of a network a part displaces."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from forwardgrad.errors import unknown
+from forwardgrad.named import axis_names
+
+Only = Callable[[str], bool] | str | Sequence[str] | None
+
+
+class Choice(NamedTuple):
+    """Sites of one kind.
+
+    `only`: a predicate on the site's name within its block, or shell-style patterns, on that name or the one with its block.
+    """
+
+    only: Only = None
+    shared: tuple[str, ...] = ()
+    noise: Mapping[str, tuple[str, ...]] | None = None
+    extra: tuple[str, ...] = ()
+
+    def select(self, names: Mapping[str, str]) -> list[str]:
+        """Of `{site: name within its block}`, the sites chosen.
+
+        Raises:
+          InputError: a pattern that matches nothing.
+        """
+        if self.only is None:
+            return list(names)
+        if callable(self.only):
+            return [site for site, name in names.items() if self.only(name)]
+        patterns = (self.only,) if isinstance(self.only, str) else tuple(self.only)
+        hit = lambda pattern: [
+            s for s, n in names.items() if fnmatch.fnmatch(n, pattern) or fnmatch.fnmatch(s, pattern)
+        ]
+        for pattern in patterns:
+            if not hit(pattern):
+                raise unknown("site", pattern, set(names.values()))
+        chosen = {site for pattern in patterns for site in hit(pattern)}
+        return [site for site in names if site in chosen]
+
+    def noise_axes(self, name: str, axes: tuple[str, ...]) -> tuple[str, ...]:
+        """Axes of the displacement of a site with these axes."""
+        if self.noise is not None and name in self.noise:
+            return self.noise[name]
+        return (*self.extra, *(a for a in axes if a not in self.shared))
+
+
+class Insertion(NamedTuple):
+    """What is displaced. `None`: nothing of that kind."""
+
+    taps: Choice | None = None
+    weights: Choice | None = None
+
+
+def activations(only: Only = None, *, shared: str | Sequence[str] = ()) -> Insertion:
+    """Displace activations at taps.
+
+    Args:
+      only: which taps; all by default. A tap that no part displaces is not cut either: the layer above it is differentiated one layer deeper.
+      shared: axes along which one displacement serves all, e.g. `"batch"` for perturbations shared by all examples (Ren et al., Table 1).
+    """
+    return Insertion(taps=Choice(only, axis_names(shared, "shared")))
+
+
+def weights(
+    only: Only = None, *, per_example: bool = False, noise: Mapping[str, str | Sequence[str]] | None = None
+) -> Insertion:
+    """Displace weights.
+
+    Args:
+      only: which leaves, by path ("group/kernel"); all that the network lets be displaced by default.
+      per_example: an own displacement for each example ("independent" in Ren et al., Table 1). The network then runs one example at a time
+        under `vmap`: it costs a matrix product per example.
+      noise: `{leaf: axes}` of the displacement, where it is not the leaf's own axes.
+    """
+    axes = None if noise is None else {leaf: axis_names(a, f"noise of {leaf!r}") for leaf, a in noise.items()}
+    return Insertion(weights=Choice(only, noise=axes, extra=("batch",) if per_example else ()))

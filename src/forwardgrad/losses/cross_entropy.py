@@ -1,0 +1,98 @@
+"""Cross-entropy, plain and replicated over patches and groups.
+
+The replicated loss of Ren et al. 2023 (section 4, Eqs. 4 and 5): each patch p and group g sees the logits of all features, but only its own slice
+carries a derivative. Every copy has the same value CE[n]. Here the cell [n, p, g] holds the share CE[n] / (P G), so that cells sum to the loss, and
+its derivative is that of the copy: with e = softmax(logits) - onehot(y),
+
+    d cell[n,p,g] = (1/P) sum_d dx[n,p,g,d] (W_g e_n)[d]  +  (1/(P G)) (x̄_n dW + db) · e_n
+
+Summed over p and g this is the derivative of CE[n] exactly: features, weights and biases alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from forwardgrad.named import Named
+
+
+def cross_entropy(outputs: Named, batch: Mapping[str, Any]) -> Named:
+    """Cross-entropy of each example.
+
+    Args:
+      outputs: logits, axes `("batch", "class")`.
+      batch: `labels`, integers [batch].
+
+    Returns:
+      `Named`, axes `("batch",)`, in nats.
+    """
+    logits = outputs.to(("batch", "class"))
+    chosen = jnp.take_along_axis(logits, batch["labels"][:, None].astype(jnp.int32), 1)[:, 0]
+    return Named(jax.nn.logsumexp(logits, 1) - chosen, ("batch",))
+
+
+def _error(x: jax.Array, kernel: jax.Array, bias: jax.Array, labels: jax.Array) -> tuple[jax.Array, ...]:
+    """Mean features [N, G D], cross-entropy [N], and its derivative by the logits [N, K]."""
+    mean = x.mean(1).reshape(x.shape[0], -1)
+    logits = mean @ kernel + bias
+    log_p = jax.nn.log_softmax(logits)
+    onehot = jax.nn.one_hot(labels, logits.shape[1], dtype=logits.dtype)
+    return mean, -(onehot * log_p).sum(1), jnp.exp(log_p) - onehot
+
+
+@jax.custom_jvp
+def replicated_cross_entropy(x: jax.Array, kernel: jax.Array, bias: jax.Array, labels: jax.Array) -> jax.Array:
+    """The fused form: average, concatenation, classifier and cross-entropy in one; costs the same for any number of groups.
+
+    One rule serves both modes: the directional derivative above is linear in the tangents, and JAX transposes it, which is right for unequal
+    cotangents too.
+
+    Args:
+      x: features [N, P, G, D].
+      kernel, bias: classifier [G D, K] and [K], shared by all patches and groups.
+      labels: integers [N].
+
+    Returns:
+      Cells [N, P, G], not divided by N.
+    """
+    n, p, g, _ = x.shape
+    _, loss, _ = _error(x, kernel, bias, labels)
+    return jnp.broadcast_to((loss / (p * g))[:, None, None], (n, p, g))
+
+
+@replicated_cross_entropy.defjvp
+def _replicated_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (x, kernel, bias, labels), (dx, dkernel, dbias, _) = primals, tangents
+    n, p, g, d = x.shape
+    mean, loss, error = _error(x, kernel, bias, labels)
+    slope = (error @ kernel.T).reshape(n, 1, g, d) / p  # W_g e_n / P
+    own = (dx * slope).sum(-1)
+    shared = ((mean @ dkernel + dbias) * error).sum(1) / (p * g)
+    return jnp.broadcast_to((loss / (p * g))[:, None, None], (n, p, g)), own + shared[:, None, None]
+
+
+def naive_replicated_cross_entropy(x: jax.Array, kernel: jax.Array, bias: jax.Array, labels: jax.Array) -> jax.Array:
+    """The same by the definition, with the copies [N, P, G, G, D] and stop-gradients: the baseline of Figure 5 and the test oracle."""
+    n, p, g, d = x.shape
+    stop = jax.lax.stop_gradient
+    mean = x.mean(1, keepdims=True)
+    # each patch sees the mean over patches, with a derivative in its own patch alone (Eq. 5) ...
+    patches = x / p + stop(mean - x / p)
+    # ... and the features of all groups, with a derivative in its own group alone (Eq. 4)
+    own = jnp.eye(g, dtype=x.dtype)[:, :, None]
+    copies = own * patches[:, :, None] + (1 - own) * stop(patches)[:, :, None]
+    copies = copies.reshape(n, p, g, g * d)
+
+    def copy_loss(features: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+        log_p = jax.nn.log_softmax(features @ kernel + bias)
+        return -jnp.take_along_axis(
+            log_p, labels.astype(jnp.int32)[:, None, None, None] + jnp.zeros((n, p, g, 1), jnp.int32), -1
+        )[..., 0]
+
+    through_features = copy_loss(copies, stop(kernel), stop(bias))
+    through_weights = copy_loss(stop(copies), kernel, bias) / (p * g)
+    return through_features - stop(through_features) + through_weights

@@ -1,0 +1,44 @@
+"""Readouts that several models share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from forwardgrad.losses.cross_entropy import cross_entropy, replicated_cross_entropy
+from forwardgrad.models.normalisation import normalise
+from forwardgrad.named import Named
+from forwardgrad.network import Readout
+
+Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+
+
+def _linear_init(features: int, classes: int, init: Initializer) -> Callable[[jax.Array], Any]:
+    return lambda key: {"kernel": init(key, (features, classes)), "bias": jnp.zeros(classes)}
+
+
+def linear(features: int, classes: int, init: Initializer) -> Readout:
+    """Linear classifier on [batch, features] with cross-entropy per example."""
+
+    def outputs(params: Any, h: jax.Array) -> Named:
+        return Named(h @ params["kernel"] + params["bias"], ("batch", "class"))
+
+    return Readout(outputs, cross_entropy, init=_linear_init(features, classes, init))
+
+
+def replicated(features: int, classes: int, init: Initializer) -> Readout:
+    """Ren et al.'s local head on [batch, patch, group, channel]: each group normalised, patches averaged, one linear classifier shared by all
+    patches and groups, the loss replicated over both."""
+
+    def outputs(params: Any, h: jax.Array) -> Named:
+        mean = normalise(h).mean(1).reshape(h.shape[0], -1)
+        return Named(mean @ params["kernel"] + params["bias"], ("batch", "class"))
+
+    def cells(params: Any, h: jax.Array, batch: Any) -> Named:
+        value = replicated_cross_entropy(normalise(h), params["kernel"], params["bias"], batch["labels"])
+        return Named(value, ("batch", "patch", "group"))
+
+    return Readout(outputs, cross_entropy, cells, _linear_init(features, classes, init))

@@ -1,0 +1,209 @@
+"""What is trained: blocks with readouts, every parameter and every state explicit.
+
+A network is a tuple of blocks. A block maps a hidden state to a hidden state; its readout, where it has one, maps that to outputs and a
+loss. The last block's readout is the network's prediction. Parameters are `{block: {"layers": ..., "readout": ...}}`, two pytrees a block:
+estimators may displace the layers, a readout always gets its exact gradient, which is one layer deep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from forwardgrad import taps
+from forwardgrad.errors import InputError
+from forwardgrad.named import Named
+
+
+def _nothing(key: jax.Array) -> tuple[()]:
+    return ()
+
+
+class Readout(NamedTuple):
+    """From a hidden state to outputs and a loss.
+
+    Attributes:
+      outputs: `(params, h) -> Named`, e.g. logits with axes `("batch", "class")`; the batch axis, where there is one, comes first.
+      loss: `(outputs, batch) -> Named`, loss cells, the batch axis first: one number per example and, where there are more axes, per patch,
+        group, ... The cells of an example sum to its loss. They are *not* divided by the number of examples: the engine weighs them with
+        `batch["weight"]`.
+      cells: `(params, h, batch) -> Named`, the same cells straight from the hidden state, where fusing both is cheaper or where outputs do
+        not keep the cells apart. `None`: `loss(outputs(params, h), batch)`.
+      init: `key -> params`.
+    """
+
+    outputs: Callable[[Any, Any], Named]
+    loss: Callable[[Named, Mapping[str, Any]], Named]
+    cells: Callable[[Any, Any, Mapping[str, Any]], Named] | None = None
+    init: Callable[[jax.Array], Any] = _nothing
+
+
+class Block(NamedTuple):
+    """One block of layers.
+
+    Attributes:
+      name: unique within the network; the first half of its sites' names.
+      apply: `(params, state, h, train) -> (h, state)`; `params` are the layers' alone. `train` is a Python bool.
+      readout: its readout or `None`. Greedy targets need one on every block.
+      init: `key -> (params, state)`.
+      weights: `{leaf path: axes}` of the leaves that may be displaced, e.g. `{"group/kernel": ("group", "in", "channel")}`. An axis that the
+        loss has too keeps its cells apart there. `None`: every leaf, with axes that no loss shares.
+      detached: a readout only, as Ren et al.'s final classifier: with local targets its loss never reaches the blocks below.
+    """
+
+    name: str
+    apply: Callable[[Any, Any, Any, bool], tuple[Any, Any]]
+    readout: Readout | None = None
+    init: Callable[[jax.Array], tuple[Any, Any]] = lambda key: ((), ())
+    weights: Mapping[str, tuple[str, ...]] | None = None
+    detached: bool = False
+
+
+class Network(NamedTuple):
+    """Blocks in order. See the module's docstring."""
+
+    blocks: tuple[Block, ...]
+
+    def init(self, key: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Parameters `{block: {"layers", "readout"}}` and model state `{block: ...}`."""
+        params, state = {}, {}
+        for i, block in enumerate(self.blocks):
+            layers_key, readout_key = jax.random.split(jax.random.fold_in(key, i))
+            layers, state[block.name] = block.init(layers_key)
+            params[block.name] = {"layers": layers, "readout": block.readout.init(readout_key) if block.readout else ()}
+        return params, state
+
+    def predict(self, params: Any, state: Any, inputs: Any) -> Named:
+        """Outputs of the last readout in evaluation mode."""
+        h = inputs
+        for block in self.blocks:
+            h, _ = block.apply(params[block.name]["layers"], state[block.name], h, False)
+        last = self.blocks[-1]
+        if last.readout is None:
+            raise InputError(
+                f"block {last.name!r} is the last one and has no readout: give it one, so that there is a prediction."
+            )
+        return last.readout.outputs(params[last.name]["readout"], h)
+
+    def checkpointed(self) -> Network:
+        """The same network with `jax.checkpoint` around every block: backpropagation that stores block inputs only."""
+        return Network(
+            tuple(b._replace(apply=jax.checkpoint(b.apply, static_argnums=(3,), prevent_cse=True)) for b in self.blocks)
+        )
+
+
+def leaf_paths(tree: Any) -> dict[str, Any]:
+    """`{"path/to/leaf": leaf}` of a pytree; a `Named` is one leaf."""
+    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, Named))[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
+def with_leaves(tree: Any, leaves: Mapping[str, Any]) -> Any:
+    """The pytree with the leaves at the given paths replaced."""
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(name(path), leaf), tree)
+
+
+class Term(NamedTuple):
+    """One loss of a run: the readout's outputs and its cells, weighed so that they sum to the mean loss."""
+
+    outputs: Named
+    cells: Named
+
+    @property
+    def loss(self) -> jax.Array:
+        return self.cells.value.sum()
+
+
+def prefix(block: Block) -> str:
+    """What stands before a tap's name in a site's name: nothing for a nameless block (a plain function)."""
+    return f"{block.name}/" if block.name else ""
+
+
+def complete(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in `weight` (1/N each) and `index` (0 ... N-1), whose defaults make the loss the mean over the batch.
+
+    `index` numbers the examples of the whole batch: noise is keyed by it, so that microbatches draw what the whole batch would draw.
+    """
+    batch = dict(batch)
+    if "weight" not in batch or "index" not in batch:
+        size = jnp.shape(jax.tree.leaves(batch["inputs"])[0])[0]
+        batch.setdefault("weight", jnp.full(size, 1 / size))
+        batch.setdefault("index", jnp.arange(size))
+    return batch
+
+
+def weighed(cells: Named, batch: Mapping[str, Any]) -> Named:
+    """Cells times their example's weight: after this they *sum* to the loss. Cells without a batch axis are already a loss."""
+    if "batch" not in cells.axes:
+        return cells
+    weight = Named(batch["weight"].astype(cells.value.dtype), ("batch",))
+    return Named(cells.value * weight.to(cells.axes), cells.axes)
+
+
+class Runner:
+    """Runs a network on one batch under any visitor, tracing each block once.
+
+    Args:
+      network: the blocks.
+      cuts: positions of blocks whose input gradient is stopped.
+      terms: positions of blocks whose losses are wanted.
+      state: model state before the step.
+      batch: `inputs`, `labels`, `weight`, `index`.
+
+    Attributes:
+      where: `{tap site: (position of its block, name within it)}`, known after a run.
+    """
+
+    def __init__(
+        self, network: Network, cuts: frozenset[int], terms: tuple[int, ...], state: Any, batch: Mapping[str, Any]
+    ):
+        names = [block.name for block in network.blocks]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise InputError(f"two blocks are called {twice[0]!r}: give each block its own name.")
+        self.network, self.cuts, self.terms, self.state, self.batch = network, cuts, terms, state, batch
+        self.where: dict[str, tuple[int, str]] = {}
+        self._programs: dict[Any, taps.Program] = {}
+
+    def __call__(self, params: Any, visit: taps.Visit, state: Any = None, batch: Mapping[str, Any] | None = None):
+        """Returns `({position: Term}, {tap site: record}, model state)`."""
+        state, batch = self.state if state is None else state, self.batch if batch is None else batch
+        h, records, terms, new_state = batch["inputs"], {}, {}, {}
+        for i, block in enumerate(self.network.blocks):
+            if i in self.cuts:
+                h = jax.lax.stop_gradient(h)
+            here = prefix(block)
+            args = (params[block.name]["layers"], state[block.name], h)
+            program = self._program(i, args)
+            self.where.update({here + name: (i, name) for name in program.taps})
+            (h, new_state[block.name]), seen = taps.evaluate(
+                program, args, lambda name, axes, z, here=here: visit(here + name, axes, z)
+            )
+            records.update({here + name: value for name, value in seen.items()})
+            if i in self.terms:
+                terms[i] = self._term(block, params[block.name]["readout"], h, batch)
+        return terms, records, new_state
+
+    def _program(self, i: int, args: Any) -> taps.Program:
+        leaves, structure = jax.tree.flatten(args)
+        key = (i, structure, tuple(jax.typeof(leaf) for leaf in leaves))
+        if key not in self._programs:
+            apply = self.network.blocks[i].apply
+            self._programs[key] = taps.trace(lambda params, state, h: apply(params, state, h, True), *args)
+        return self._programs[key]
+
+    @staticmethod
+    def _term(block: Block, params: Any, h: Any, batch: Mapping[str, Any]) -> Term:
+        readout = block.readout
+        if readout is None:
+            raise InputError(
+                f"block {block.name!r} has no readout, but this target needs its loss: give the block a readout, or use a method with a "
+                "global loss."
+            )
+        outputs = readout.outputs(params, h)
+        cells = readout.loss(outputs, batch) if readout.cells is None else readout.cells(params, h, batch)
+        return Term(outputs, weighed(cells, batch))

@@ -1,0 +1,132 @@
+"""An experiment: everything that decides a training run's numbers. Field docstrings are the help texts of the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any, Generic, Literal, TypeVar
+
+from forwardgrad import models, recipes
+from forwardgrad.engine import Estimator
+from forwardgrad.errors import InputError, unknown
+from forwardgrad.guesses import random
+from forwardgrad.network import Network
+
+M = TypeVar("M")
+
+GUESSES = {"rademacher": random.rademacher, "gaussian": random.gaussian, "orthogonal": random.orthogonal}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment(Generic[M]):
+    """A training run, fully resolved."""
+
+    model: M
+    """the network"""
+    dataset: str = "digits"
+    """data set: a name from `forwardgrad list datasets`, or npz:FILE for your own arrays"""
+    method: str = "lg-fg-a"
+    """a name from `forwardgrad list methods`"""
+    epochs: int = 20
+    """passes over the training images"""
+    batch_size: int = 128
+    """examples per step"""
+    lr: float = 0.01
+    """learning rate at its highest"""
+    schedule: Literal["linear", "cosine", "step", "constant"] = "linear"
+    """learning rate over time: to zero in a straight line or half a cosine; times 0.1 at 50 % and 80 % of the steps; constant"""
+    warmup_epochs: float = 0.0
+    """epochs over which the learning rate first rises from zero"""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """sgd with momentum, or Adam"""
+    momentum: float = 0.9
+    """momentum of sgd"""
+    weight_decay: float = 0.0
+    """coupled L2: this times the weights is added to their gradient; biases are left out"""
+    classifier_lr: float = 1.0
+    """factor on the gradient of the final classifier, before weight decay"""
+    guess: Literal["rademacher", "gaussian", "orthogonal"] = "rademacher"
+    """random directions, for methods that draw any"""
+    draws: int = 1
+    """directions per step, averaged"""
+    mask: bool = True
+    """do not perturb units that their ReLU switches off, for methods that perturb activations"""
+    released_scale: bool = False
+    """fg-a only: N times the estimate, as the released code of Ren et al. 2023"""
+    alpha: float = 1e-3
+    """fdfa only: rate of the moving average of the feedback matrices"""
+    flip: bool = False
+    """flip training images left to right at random"""
+    crop: int = 0
+    """pad training images by this many pixels and crop at random"""
+    microbatch: int = 0
+    """examples worked on at a time, a divisor of the batch size; 0: the whole batch. Changes time and memory, not the result"""
+    seed: int = 0
+    """of initial weights, batches, noise and augmentation"""
+    validation: int = 0
+    """hold out the last N training images and report on them instead of the test set"""
+    allow_bias: bool = False
+    """run although the expected estimate is not the gradient; the run reports the relative bias"""
+
+    def estimator(self, network: Network) -> Estimator:
+        """The method for a network, with those of guess, draws, mask, ... that it takes.
+
+        Raises:
+          InputError: unknown method, or one that the network cannot serve.
+        """
+        recipe = recipes.find(self.method)
+        options = {
+            "guess": GUESSES[self.guess](),
+            "draws": self.draws,
+            "mask": self.mask,
+            "released_scale": self.released_scale,
+            "alpha": self.alpha,
+        }
+        taken = inspect.signature(recipe.build).parameters
+        method = recipe(network, **{name: value for name, value in options.items() if name in taken})
+        return dataclasses.replace(method, allow_bias=self.allow_bias, microbatch=self.microbatch or None)
+
+    def check(self) -> None:
+        """Refuse values that cannot train.
+
+        Raises:
+          InputError: which field, and what it may be.
+        """
+        for name, least in (
+            ("epochs", 1),
+            ("batch_size", 1),
+            ("draws", 1),
+            ("validation", 0),
+            ("crop", 0),
+            ("seed", 0),
+        ):
+            if getattr(self, name) < least:
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} must be at least {least}, not {getattr(self, name)}.")
+        for name in ("lr", "alpha"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"--{name} must be positive, not {getattr(self, name)}.")
+        for name in ("weight_decay", "warmup_epochs", "momentum", "classifier_lr"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"--{name.replace('_', '-')} must not be negative, and is {getattr(self, name)}.")
+        if self.microbatch and self.batch_size % self.microbatch:
+            raise InputError(
+                f"microbatches of {self.microbatch} do not divide a batch of {self.batch_size}: set --microbatch to a divisor, or to 0."
+            )
+        if self.guess not in GUESSES:
+            raise unknown("guess", self.guess, GUESSES)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values; the model under `model`, with its name."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "model"}
+        model: Any = self.model
+        return {**fields, "model": {"name": models.name_of(model), **dataclasses.asdict(model)}}
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Experiment[Any]:
+        """The inverse of `to_json`."""
+        model = dict(values["model"])
+        make = models.find(model.pop("name"))
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in model.items() if k != "path"}
+        known = {f.name for f in dataclasses.fields(Experiment)}
+        return Experiment(model=make(**fields), **{k: v for k, v in values.items() if k != "model" and k in known})

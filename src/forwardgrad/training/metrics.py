@@ -1,0 +1,103 @@
+"""What a run writes down: JSON lines, TensorBoard events, curves. Every whole file is replaced atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file so that a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=2, allow_nan=True) + "\n")
+    os.replace(temporary, path)
+
+
+class Metrics:
+    """`metrics.jsonl` and TensorBoard events of a run.
+
+    A line holds `step`, `epoch` (a fraction), `seconds` (of the run so far), the mean `loss` and `error` (percent) of the classifier on the training
+    batches since the line before, `lr`; at the end of an epoch also `epoch_loss`, `epoch_error` and `test_error` or `validation_error` (percent).
+
+    Args:
+      directory: of the run.
+      step: lines after this step are dropped: they belong to what was lost since the checkpoint.
+    """
+
+    def __init__(self, directory: Path, step: int):
+        from tensorboardX import SummaryWriter
+
+        self.path = directory / "metrics.jsonl"
+        kept = [line for line in read(self.path) if line["step"] <= step]
+        temporary = self.path.with_name(".metrics.jsonl")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, self.path)
+        self.seconds = kept[-1]["seconds"] if kept else 0.0
+        self._lines = self.path.open("a", buffering=1)
+        self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+
+    def write(self, line: Mapping[str, float]) -> None:
+        """Append one line."""
+        self._lines.write(json.dumps(dict(line)) + "\n")
+        for name, value in line.items():
+            if name not in ("step", "epoch", "seconds"):
+                self._events.add_scalar(name, value, int(line["step"]))
+
+    def close(self) -> None:
+        self._lines.close()
+        self._events.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a last line that a killed process left unfinished is dropped."""
+    out = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            out.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return out
+
+
+def draw_curves(directory: Path, title: str) -> None:
+    """`curves.png`: the training loss, and training and test error, over epochs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = read(directory / "metrics.jsonl")
+    if not lines:
+        return
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    epochs = [line["epoch"] for line in lines]
+    left.plot(epochs, [line["loss"] for line in lines], color="tab:blue", linewidth=1)
+    left.set(xlabel="epoch", ylabel="training loss (nats)", yscale="log")
+    ends = [line for line in lines if "epoch_error" in line]
+    if not ends:
+        right.plot(epochs, [line["error"] for line in lines], label="training batches")
+    else:
+        held_out = "validation_error" if "validation_error" in ends[-1] else "test_error"
+        marker = "o" if len(ends) < 3 else None
+        x = [line["epoch"] for line in ends]
+        right.plot(x, [line["epoch_error"] for line in ends], marker=marker, label="training batches")
+        right.plot(x, [line[held_out] for line in ends], marker=marker, label=held_out.split("_")[0])
+        right.annotate(
+            f"{ends[-1][held_out]:.2f}",
+            (x[-1], ends[-1][held_out]),
+            textcoords="offset points",
+            xytext=(-4, 6),
+            ha="right",
+        )
+    right.set(xlabel="epoch", ylabel="error (%)", ylim=(0, None))
+    right.legend(frameon=False)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    temporary = directory / f".curves.{os.getpid()}.png"
+    figure.savefig(temporary, dpi=120)
+    plt.close(figure)
+    os.replace(temporary, directory / "curves.png")

@@ -1,0 +1,58 @@
+"""Learning-rate schedules and optimisers, from optax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+
+from forwardgrad.network import Network
+from forwardgrad.presets.experiment import Experiment
+
+
+def schedule(experiment: Experiment, steps_per_epoch: int) -> optax.Schedule:
+    """Learning rate of each step. T = epochs x steps per epoch, warm-up included.
+
+    linear: lr (1 - t/T); cosine: lr (1 + cos(π t/T)) / 2; step: times 0.1 at T/2 and again at 0.8 T; each after a linear rise over the
+    warm-up, with t and T counted from its end.
+    """
+    total = experiment.epochs * steps_per_epoch
+    warmup = round(experiment.warmup_epochs * steps_per_epoch)
+    rest = max(total - warmup, 1)
+    lr = experiment.lr
+    after = {
+        "linear": optax.linear_schedule(lr, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(lr, rest),
+        "step": optax.piecewise_constant_schedule(lr, {rest // 2: 0.1, rest * 4 // 5: 0.1}),
+        "constant": optax.constant_schedule(lr),
+    }[experiment.schedule]
+    return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), after], [warmup]) if warmup else after
+
+
+def _is_weight(path: tuple[Any, ...]) -> bool:
+    return jax.tree_util.keystr(path[-1:], simple=True) not in ("bias", "scale")
+
+
+def optimiser(experiment: Experiment, network: Network, steps_per_epoch: int) -> optax.GradientTransformation:
+    """The final classifier's factor, then coupled weight decay on weights (not biases or gains), then SGD with momentum or Adam.
+
+    Momentum is v <- m v + g, w <- w - lr v.
+    """
+    last = network.blocks[-1].name
+
+    def classifier(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: jax.tree_util.keystr(path[:2], simple=True, separator="/") == f"{last}/readout", params
+        )
+
+    rate = schedule(experiment, steps_per_epoch)
+    base = optax.sgd(rate, experiment.momentum or None) if experiment.optimizer == "sgd" else optax.adam(rate)
+    return optax.chain(
+        optax.masked(optax.scale(experiment.classifier_lr), classifier),
+        optax.add_decayed_weights(
+            experiment.weight_decay,
+            lambda params: jax.tree_util.tree_map_with_path(lambda path, _: _is_weight(path), params),
+        ),
+        base,
+    )

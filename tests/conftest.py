@@ -1,0 +1,23 @@
+"""`pytestmark = pytest.mark.float64` runs a module of identities: double precision, and little optimisation, since compilation is their cost.
+
+Everything else runs as users do.
+"""
+
+import jax
+import pytest
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "float64: run in double precision (identities to 1e-10)")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    """Around set-up too, so that session fixtures are made in the precision of the first test that asks for them."""
+    identities = item.get_closest_marker("float64") is not None
+    with jax.enable_x64(identities):
+        jax.config.update("jax_disable_most_optimizations", identities)
+        try:
+            return (yield)
+        finally:
+            jax.config.update("jax_disable_most_optimizations", False)

@@ -1,0 +1,263 @@
+"""The command line: every flag exists, every refusal is one sentence with its remedy and exit code 2, exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import forwardgrad as fg
+from forwardgrad import presets, recipes
+from forwardgrad.cli.main import dispatch
+from forwardgrad.training import metrics
+
+QUICK = ["--blocks", "1", "--channels", "16", "--groups", "2", "--batch-size", "256", "--quiet"]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("cli") / "run"
+    assert dispatch(["train", *QUICK, "--epochs", "2", "--run-dir", str(directory)]) == 0
+    return directory
+
+
+REFUSALS = {
+    "trian": "did you mean 'train'",
+    "train digit": "did you mean 'digits'",
+    "train --epoch 3": "did you mean '--epochs'",
+    "train --epochs many": "invalid literal",
+    "train --epochs 0": "--epochs must be at least 1",
+    "train --lr 0": "--lr must be positive",
+    "train --weight-decay -1": "--weight-decay must not be negative",
+    "train --seed -1": "--seed must be at least 0",
+    "train --guess cauchy": "'rademacher', 'gaussian', 'orthogonal'",
+    "train --method lgfga": "did you mean 'lg-fg-a'",
+    "train --dataset cifar": "did you mean 'cifar10'",
+    "train --dataset npz:nowhere.npz": "nowhere.npz",
+    "train --model mpl": "did you mean 'mlp'",
+    "train --model": "forwardgrad list models",
+    "train --model mlp --groups 3": "forwardgrad train --help",
+    "train --groups 7": "set --groups to a divisor",
+    "train --patches 3": "set --patches to a common divisor",
+    "train --batch-size 5000": "choose a batch size from 1 to 1437",
+    "train --microbatch 5": "set --microbatch to a divisor",
+    "train --validation 2000": "choose a number from 1 to 1436",
+    "train --resume": "add --run-dir DIR",
+    "train --checkpoint-every -1": "--checkpoint-every must be at least 0",
+    "train --norm bn": "or accept the bias with allow_bias=True (--allow-bias)",
+    "train --norm ln": "leave 'patch' out of the partition",
+    "train digits more": "Unrecognized options",
+    "train mnist-s-1-1 --data-dir nowhere --offline": "nowhere",
+    "evaluate": "missing",
+    "evaluate nowhere": "give the directory that `forwardgrad train` wrote",
+    "compare --methods bp": "add --out DIR",
+    "compare --methods bp,bp --out x": "give different names",
+    "compare --methods bp,xp --out x": "did you mean",
+    "compare --seeds 0 --out x": "--seeds must be at least 1",
+}
+
+
+@pytest.mark.parametrize("line", REFUSALS)
+def test_bad_input_is_one_sentence_with_the_remedy_and_exit_code_2(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert dispatch(line.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert REFUSALS[line] in err
+    assert err.startswith("forwardgrad: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())  # nothing is left behind
+
+
+def bare_network(shape, classes):
+    """A model whose first block has no readout."""
+    first, last = presets.find("digits").model.network(shape, classes).blocks[-2:]
+    return fg.Network((first._replace(readout=None), last))
+
+
+def test_a_method_that_needs_readouts_is_refused_on_a_model_without(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(os.path.dirname(__file__))
+    code = dispatch(
+        ["train", "--model", "test_cli:bare_network", "--method", "lg-fg-a", "--run-dir", str(tmp_path / "run")]
+    )
+    assert code == 2
+    assert "use a method with a global loss, such as bp, fg-a or fg-w" in capsys.readouterr().err
+
+
+def test_a_taken_directory_is_refused(finished, capsys):
+    assert dispatch(["train", *QUICK, "--epochs", "2", "--run-dir", str(finished)]) == 2
+    assert "continue it with --resume, or choose another --run-dir" in capsys.readouterr().err
+    assert dispatch(["train", *QUICK, "--epochs", "3", "--run-dir", str(finished), "--resume"]) == 2
+    assert "epochs (2 there, 3 here)" in capsys.readouterr().err
+
+
+def test_evaluate_repeats_what_the_run_reported(finished, capsys):
+    result = json.loads((finished / "result.json").read_text())
+    assert dispatch(["evaluate", str(finished), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["test_error"] == pytest.approx(result["test_error"])
+    assert found["train_error"] == pytest.approx(result["train_error"])
+    assert found["step"] == found["steps"] == result["steps"]
+    assert dispatch(["evaluate", str(finished)]) == 0
+    assert re.search(r"test error \d+\.\d\d %, train error \d+\.\d\d %", capsys.readouterr().out)
+
+
+def test_divergence_is_exit_code_3(tmp_path, capsys):
+    code = dispatch(
+        ["train", *QUICK, "--method", "fg-w", "--lr", "1e6", "--epochs", "5", "--run-dir", str(tmp_path / "run")]
+    )
+    assert code == 3
+    assert re.search(r"diverged at step \d+ of 25 .*smaller learning rate than --lr 1000000.0", capsys.readouterr().err)
+
+
+def test_a_signal_ends_with_its_exit_code_and_a_checkpoint(tmp_path):
+    directory = tmp_path / "run"
+    program = [
+        sys.executable,
+        "-c",
+        "from forwardgrad.cli.main import main; main()",
+        "train",
+        *QUICK,
+        "--epochs",
+        "10000",
+    ]
+    process = subprocess.Popen([*program, "--run-dir", str(directory)], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline and not metrics.read(directory / "metrics.jsonl"):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "a checkpoint is written: go on with --resume" in err
+    assert fg.load_run(directory).step > 0
+
+
+def test_compare_writes_a_table_and_a_picture_and_keeps_finished_runs(tmp_path, capsys):
+    line = [
+        "compare",
+        "digits",
+        *QUICK,
+        "--epochs",
+        "1",
+        "--methods",
+        "bp,lg-fg-a",
+        "--seeds",
+        "2",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert dispatch(line) == 0
+    found = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert [row["method"] for row in found["table"]] == ["bp", "lg-fg-a"]
+    assert {(r["method"], r["seed"]) for r in found["runs"]} == {("bp", 0), ("bp", 1), ("lg-fg-a", 0), ("lg-fg-a", 1)}
+    for row in found["table"]:
+        errors = [r["test_error"] for r in found["runs"] if r["method"] == row["method"]]
+        assert row["test_error_mean"] == pytest.approx(np.mean(errors))
+        assert row["test_error_sd"] == pytest.approx(np.std(errors, ddof=1))
+    assert (tmp_path / "out" / "compare.png").stat().st_size > 10_000
+    capsys.readouterr()
+    assert dispatch(line) == 0
+    again = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert again == found  # wall times too: nothing ran again
+
+
+def test_seeds_of_a_comparison_share_compiled_code_and_nothing_else(finished, tmp_path):
+    line = [
+        "compare",
+        "digits",
+        *QUICK,
+        "--epochs",
+        "2",
+        "--methods",
+        "lg-fg-a",
+        "--seeds",
+        "2",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert dispatch(line) == 0
+    alone = tmp_path / "alone"
+    assert dispatch(["train", *QUICK, "--epochs", "2", "--seed", "1", "--run-dir", str(alone)]) == 0
+    for one, other in ((finished, tmp_path / "out" / "lg-fg-a-seed0"), (alone, tmp_path / "out" / "lg-fg-a-seed1")):
+        np.testing.assert_array_equal(_flat(one), _flat(other))
+
+
+def _flat(directory):
+    import jax
+
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(fg.load_run(directory).params)])
+
+
+def test_every_field_of_a_preset_and_its_model_is_a_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        dispatch(["train", "mnist-m-1-16", "--help"])
+    assert stop.value.code in (0, None)
+    text = capsys.readouterr().out
+    experiment = presets.find("mnist-m-1-16")
+    for field in (*dataclasses.fields(experiment), *dataclasses.fields(experiment.model)):
+        if field.name != "model":
+            assert f"--{field.name.replace('_', '-')}" in text
+
+
+def test_help_lists_every_command(capsys):
+    assert dispatch([]) == 0
+    text = capsys.readouterr().out
+    for command in ("train", "evaluate", "compare", "list", "cite"):
+        assert re.search(rf"^  {command} ", text, re.MULTILINE)
+    assert dispatch(["--version"]) == 0
+
+
+@pytest.mark.parametrize("method", recipes.names())
+def test_every_method_trains_from_the_command_line(method, tmp_path):
+    directory = tmp_path / "run"
+    assert (
+        dispatch(["train", *QUICK, "--method", method, "--epochs", "1", "--lr", "0.001", "--run-dir", str(directory)])
+        == 0
+    )
+    assert json.loads((directory / "result.json").read_text())["method"] == method
+
+
+@pytest.mark.parametrize("preset", presets.names())
+def test_presets_resolve_and_survive_json(preset):
+    experiment = presets.find(preset)
+    assert presets.Experiment.from_json(json.loads(json.dumps(experiment.to_json()))) == experiment
+    assert presets.about(preset)
+
+
+def test_the_users_own_arrays_train(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 96)
+    images = (rng.integers(0, 60, (96, 4, 4)) + 60 * labels[:, None, None]).astype(np.uint8)
+    file = tmp_path / "mine.npz"
+    np.savez(file, x_train=images[:64], y_train=labels[:64], x_test=images[64:], y_test=labels[64:])
+    line = [
+        "train",
+        "--dataset",
+        f"npz:{file}",
+        *QUICK,
+        "--batch-size",
+        "16",
+        "--epochs",
+        "15",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
+    assert dispatch(line) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["test_error"] < 20
+
+
+@pytest.mark.skipif(not os.environ.get("FORWARDGRAD_DATA"), reason="FORWARDGRAD_DATA is not set")
+@pytest.mark.parametrize(("method", "worst"), [("bp", 8.0), ("lg-fg-a", 12.0)])
+def test_real_mnist_trains(method, worst, tmp_path):
+    line = ["train", "mnist-s-1-1", "--method", method, "--epochs", "1", "--quiet", "--run-dir", str(tmp_path / "run")]
+    assert dispatch(line) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["test_error"] < worst

@@ -1,0 +1,172 @@
+"""Random directions: their moments, their keys, orthogonal sets, masks, given directions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toynets import CELLS, FIXED, N, distance, gradient, mixer, once, problem
+
+import forwardgrad as fg
+from forwardgrad.guesses.base import Site, View
+from forwardgrad.guesses.random import signs
+
+pytestmark = pytest.mark.float64
+
+
+def view(sites, draws=1, partition=("batch",), index=None, batch=N):
+    """All that a random guess looks at."""
+    index = jnp.arange(batch) if index is None else index
+    nothing = dict.fromkeys(("taps", "outputs", "error", "readouts", "params", "forward"))
+    return View(sites=sites, batch={"index": index}, partition=partition, draws=draws, **nothing)
+
+
+def site(name="z", axes=("batch", "unit"), shape=(N, 5), block=0, kind="tap"):
+    return Site(axes, shape, axes, shape, jnp.float64, kind, block, name)
+
+
+def propose(guess, sites, key=0, **options):
+    return guess.propose(jax.random.key(key), (), view(sites, **options))
+
+
+def check_mean(samples, expected):
+    """Within five standard errors of their mean, entry by entry (fixed keys: this passes always or never)."""
+    error = samples.std(0) / len(samples) ** 0.5
+    assert float((jnp.abs(samples.mean(0) - expected) / jnp.maximum(error, 1e-12)).max()) < 5
+
+
+@pytest.mark.parametrize(("guess", "fourth"), [(fg.gaussian(), 3.0), (fg.rademacher(), 1.0)], ids=["gaussian", "signs"])
+def test_moments(guess, fourth):
+    """E[u] = 0, E[u uᵀ] = I over units, examples, sites and blocks jointly, E[u⁴] of the distribution."""
+    sites = {"a": site("a"), "b": site("b", ("unit",), (4,)), "c": site("a", block=1)}
+    found = jax.jit(lambda: propose(guess, sites, draws=4000))()
+    u = jnp.concatenate([found[name].value.reshape(4000, -1) for name in sites], 1)
+    assert u.shape == (4000, 2 * 5 * N + 4)
+    check_mean(u, 0.0)
+    check_mean(u[:, :, None] * u[:, None], jnp.eye(u.shape[1]))
+    check_mean(u**4, fourth)
+    if fourth == 1:
+        assert set(np.unique(u)) == {-1.0, 1.0}
+
+
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 100])
+def test_signs_of_any_length(size):
+    found = signs(jax.random.key(0), (size,), jnp.float32)
+    assert found.dtype == jnp.float32
+    assert set(np.unique(found)) <= {-1.0, 1.0}
+    assert size < 31 or len(np.unique(found)) == 2
+    words = signs(jax.random.key(0), (64,), jnp.float32)
+    assert size < 33 or not jnp.array_equal(words[:32], words[32:])
+
+
+@pytest.mark.parametrize("guess", [fg.gaussian(), fg.rademacher(), fg.orthogonal()], ids=lambda g: g.name)
+def test_noise_belongs_to_the_global_example_and_the_site(guess):
+    one = lambda **options: propose(guess, {"z": site(shape=(len(options["index"]), 5))}, draws=2, **options)["z"].value
+    whole = one(index=jnp.array([7, 3, 11]))
+    assert distance(one(index=jnp.array([11, 7])), whole[:, jnp.array([2, 0])]) < 1e-13
+    assert float(jnp.abs(one(index=jnp.array([7, 3, 11]), key=1) - whole).min()) > 0 or guess.name == "rademacher"
+    assert distance(one(index=jnp.array([7, 3, 11])), whole) == 0
+    others = [{"z": site(block=1)}, {"z": site(name="y")}, {"z": site(kind="weight")}]
+    for other in others:
+        assert distance(propose(guess, other, draws=2, index=jnp.array([7, 3, 11]))["z"].value, whole) > 0.1
+
+
+@pytest.mark.parametrize("draws", [1, 3, 7, 14, 17])
+def test_orthogonal_sets(draws):
+    """Within a cell of D = 7 units: |u|² = D, orthogonal within a set, new sets after D; all cells and sets differ."""
+    sites = {
+        "a": site("a", ("batch", "patch", "unit"), (N, 2, 3)),
+        "b": site("b", ("patch", "batch", "unit"), (2, N, 4)),
+    }
+    found = propose(fg.orthogonal(), sites, draws=draws, partition=CELLS)
+    for name, own in sites.items():
+        assert set(found[name].axes) == {"draw", *own.axes}
+    u = jnp.concatenate([found[name].to(("draw", "batch", "patch", "unit")) for name in sites], -1)
+    gram = jnp.einsum("kbpd,lbpd->bpkl", u, u)
+    for first in range(0, draws, 7):
+        block = gram[..., first : first + 7, first : first + 7]
+        assert distance(block, jnp.broadcast_to(7 * jnp.eye(block.shape[-1]), block.shape)) < 1e-12
+    assert float(jnp.abs(u[:, 0, 0] - u[:, 1, 0]).max()) > 0.1
+    if draws > 7:
+        assert float(jnp.abs(u[0] - u[7]).max()) > 0.1
+
+
+def test_orthogonal_directions_are_uniform():
+    """E[u uᵀ] = I, and no coordinate is favoured: E[u_i⁴] = 3 D / (D + 2) on the sphere of radius √D."""
+    guess = lambda key: fg.orthogonal().propose(key, (), view({"z": site(shape=(1, 4))}, draws=2, batch=1))["z"].value
+    u = jax.jit(jax.vmap(guess))(jax.random.split(jax.random.key(0), 4000))[:, :, 0]
+    for draw in (0, 1):
+        check_mean(u[:, draw], 0.0)
+        check_mean(u[:, draw, :, None] * u[:, draw, None], jnp.eye(4))
+        check_mean(u[:, draw] ** 4, 3 * 4 / 6)
+
+
+@pytest.mark.parametrize(
+    ("target", "partition", "insertion", "units"),
+    [
+        (fg.local(), CELLS, fg.activations(only=["tok", "chan"]), 8),
+        (fg.local(), CELLS, fg.activations(only="grp"), 2),
+        (fg.local(), ("group",), fg.weights(), 28),
+        (fg.global_loss(), CELLS[:1], fg.activations(), 48),
+    ],
+)
+def test_as_many_orthogonal_draws_as_units_of_a_cell_are_exact(target, partition, insertion, units):
+    def estimate(draws):
+        network = mixer(blocks)
+        method = fg.estimator(network, target=target, guess=fg.rademacher(), insertion=insertion, partition=partition)
+        method = fg.wrappers.with_orthogonal_draws(method, draws)
+        return jax.jit(lambda: once(method, *problem(blocks)).grads)()
+
+    blocks = 2 if target.name == "global" else 1
+    true = gradient(target.name, blocks)
+    assert distance(estimate(units), true) < 1e-12
+    assert distance(estimate(units - 1), true) > 1e-4
+
+
+def test_a_mask_leaves_out_the_units_that_are_off():
+    """Also where the noise is shared: then each patch has its own mask of one displacement."""
+    insertion = fg.activations(shared="patch")
+
+    @jax.jit
+    def proposed():
+        seen = {}
+
+        def spy(key, state, view):
+            found, plain = fg.masked(FIXED).propose(key, state, view), FIXED.propose(key, state, view)
+            seen.update({name: (u, plain[name], view.taps[name]) for name, u in found.items()})
+            return found
+
+        once(
+            fg.estimator(mixer(1), target=fg.local(), guess=fg.Guess(spy), insertion=insertion, partition=CELLS),
+            *problem(1),
+        )
+        return seen
+
+    for masked, plain, z in proposed().values():
+        on = (z.value > 0).astype(float)
+        assert float(on.mean()) > 0
+        assert distance(masked.to(z.axes), plain.to(z.axes) * on) == 0
+
+
+def test_a_masked_guess_says_what_it_masks_by():
+    assert fg.masked(fg.gaussian()).mask(jnp.array([-1.0, 0.0, 2.0])).tolist() == [0, 0, 1]
+    assert fg.masked(fg.gaussian(), lambda z: z * 0).mask(jnp.ones(1)).tolist() == [0]
+    assert fg.gaussian().mask is None
+
+
+@pytest.mark.parametrize("spelling", ["array", "Named", "Named reordered", "draws", "full name"])
+def test_given_directions(spelling):
+    u = jnp.asarray(np.random.default_rng(1).normal(size=(N, 2, 8)))
+    u = u[..., :4]
+    table = {
+        "array": {"chan": u},
+        "Named": {"chan": fg.Named(u, ("batch", "patch", "unit"))},
+        "Named reordered": {"chan": fg.Named(u.transpose(2, 0, 1), ("unit", "batch", "patch"))},
+        "draws": {"chan": u[None]},
+        "full name": {"b0": {"chan": u}},
+    }[spelling]
+    run = lambda guess: fg.estimator(
+        mixer(1), target=fg.local(), guess=guess, insertion=fg.activations(only="chan"), partition=CELLS
+    )
+    by_hand = fg.Guess(lambda key, state, view: {"b0/chan": fg.Named(u, ("batch", "patch", "unit"))})
+    found = jax.jit(lambda: [once(run(guess), *problem(1)).grads for guess in (fg.given(table), by_hand)])()
+    assert distance(*found) < 1e-14

@@ -1,0 +1,273 @@
+"""Training: what a run writes, that interruptions change no bit, schedules, divergence, held-out images."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import forwardgrad as fg
+from forwardgrad import data, presets
+from forwardgrad.errors import Diverged, Interrupted
+from forwardgrad.models.localmixer import LocalMixer
+from forwardgrad.training import loop, metrics
+from forwardgrad.training.checkpoint import Checkpoints
+from forwardgrad.training.learner import Learner
+from forwardgrad.training.optimisers import optimiser, schedule
+
+SMALL = dataclasses.replace(
+    presets.find("digits"),
+    model=LocalMixer(blocks=1, patches=2, channels=16, groups=2, init_cap=0.1),
+    epochs=2,
+    batch_size=128,
+)
+FLAGS = [
+    "--blocks",
+    "1",
+    "--channels",
+    "16",
+    "--groups",
+    "2",
+    "--no-zero-classifier",
+    "--epochs",
+    "2",
+    "--batch-size",
+    "128",
+]
+
+
+def final_arrays(directory):
+    checkpoints = Checkpoints(directory)
+    stored = checkpoints.read()
+    checkpoints.close()
+    return {name: np.asarray(x) for name, x in stored.items()}
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    return [name for name in one if not np.array_equal(one[name], other[name])]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("run") / "whole"
+    result = loop.train(SMALL, directory, preset="digits", checkpoint_every=5, quiet=True)
+    return directory, result
+
+
+def test_a_run_directory_holds_what_the_readme_says(finished):
+    directory, result = finished
+    names = {path.name for path in directory.iterdir()}
+    assert {"config.json", "metrics.jsonl", "result.json", "curves.png", "tensorboard", "checkpoints"} == names
+    assert result == json.loads((directory / "result.json").read_text())
+    keys = "method preset dataset seed epochs steps test_error train_error wall_seconds version"
+    assert set(keys.split()) <= result.keys()
+    assert result["steps"] == 2 * 11
+    lines = metrics.read(directory / "metrics.jsonl")
+    assert [line["step"] for line in lines if "test_error" in line] == [11, 22]
+    assert lines[-1]["test_error"] == result["test_error"]
+    assert (directory / "curves.png").stat().st_size > 10_000
+    assert any((directory / "tensorboard").iterdir())
+    assert sorted(p.name for p in (directory / "checkpoints").iterdir()) == ["20", "22"]
+
+
+def test_load_run_predicts_what_the_run_reported(finished):
+    directory, result = finished
+    run = fg.load_run(directory)
+    arrays = data.find("digits").load(data.data_directory())
+    wrong = np.asarray(run.predict(arrays.test_images)).argmax(1) != arrays.test_labels
+    assert 100 * wrong.mean() == pytest.approx(result["test_error"])
+    assert run.experiment == SMALL
+    assert run.step == 22
+    with pytest.raises(fg.InputError, match=re.escape("predict takes [batch, 8, 8, 1]")):
+        run.predict(arrays.test_images[0])
+
+
+def test_a_run_killed_by_sigkill_resumes_to_the_same_bits(finished, tmp_path):
+    directory = tmp_path / "killed"
+    program = [sys.executable, "-c", "from forwardgrad.cli.main import main; main()", "train", "digits", *FLAGS]
+    program += ["--run-dir", str(directory), "--checkpoint-every", "5", "--quiet"]
+    process = subprocess.Popen(program)
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        lines = metrics.read(directory / "metrics.jsonl")
+        if lines and lines[-1]["step"] >= 7:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    assert process.wait() == -signal.SIGKILL
+    assert not (directory / "result.json").exists()
+    result = loop.train(SMALL, directory, preset="digits", resume=True, checkpoint_every=5, quiet=True)
+    assert same(final_arrays(directory), final_arrays(finished[0])) == []
+    assert {**result, "wall_seconds": 0} == {**finished[1], "wall_seconds": 0}
+    steps = [line["step"] for line in metrics.read(directory / "metrics.jsonl")]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_leaves_and_the_run_goes_on(finished, tmp_path, signum, monkeypatch):
+    directory, steps = tmp_path / "run", Learner.run
+
+    def run(self, state, count):
+        state, log = steps(self, state, count)
+        if int(state.step) == 3:
+            os.kill(os.getpid(), signum)
+        return state, log
+
+    monkeypatch.setattr(Learner, "run", run)
+    monkeypatch.setattr(loop, "_next_count", lambda *_: 1)
+    before = signal.getsignal(signum)
+    with pytest.raises(Interrupted, match="go on with --resume") as caught:
+        loop.train(SMALL, directory, preset="digits", quiet=True)
+    assert caught.value.signum == signum
+    assert signal.getsignal(signum) == before
+    assert fg.load_run(directory).step == 3
+    monkeypatch.undo()
+    loop.train(SMALL, directory, preset="digits", resume=True, quiet=True)
+    assert same(final_arrays(directory), final_arrays(finished[0])) == []
+
+
+def test_learned_feedback_is_in_the_checkpoint(tmp_path):
+    experiment = dataclasses.replace(SMALL, method="fdfa", epochs=1)
+    loop.train(experiment, tmp_path / "run", quiet=True)
+    stored = final_arrays(tmp_path / "run")
+    matrices = [name for name in stored if name.startswith("method_state") and stored[name].ndim > 1]
+    assert matrices
+    assert all(stored[name].any() for name in matrices)
+
+
+def test_batches_noise_and_parameters_depend_on_the_seed_alone(finished, tmp_path):
+    loop.train(SMALL, tmp_path / "again", preset="digits", checkpoint_every=3, quiet=True)
+    assert same(final_arrays(tmp_path / "again"), final_arrays(finished[0])) == []
+    loop.train(dataclasses.replace(SMALL, seed=1), tmp_path / "other", preset="digits", quiet=True)
+    assert same(final_arrays(tmp_path / "other"), final_arrays(finished[0])) != []
+
+
+def test_held_out_images_are_the_last_of_the_training_set_and_the_test_set_stays_unseen(tmp_path):
+    experiment = dataclasses.replace(SMALL, validation=300, epochs=1)
+    arrays = loop.load_arrays(experiment, None, True)
+    whole = data.find("digits").load(data.data_directory())
+    np.testing.assert_array_equal(arrays.test_images, whole.train_images[-300:])
+    result = loop.train(experiment, tmp_path / "run", quiet=True)
+    assert result["test_error"] is None
+    assert 0 <= result["validation_error"] <= 100
+    assert "validation_error" in metrics.read(tmp_path / "run" / "metrics.jsonl")[-1]
+
+
+def test_divergence_names_the_step_and_the_remedy(tmp_path):
+    experiment = dataclasses.replace(SMALL, method="fg-w", lr=1e6, epochs=3)
+    with pytest.raises(Diverged, match=r"diverged at step \d+ of 33 .* smaller learning rate"):
+        loop.train(experiment, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_directory_is_never_overwritten(finished, tmp_path):
+    with pytest.raises(fg.InputError, match="continue it with --resume"):
+        loop.train(SMALL, finished[0], preset="digits", quiet=True)
+    with pytest.raises(fg.InputError, match=r"another configuration: lr \(0.03 there, 0.5 here\)"):
+        loop.train(dataclasses.replace(SMALL, lr=0.5), finished[0], preset="digits", resume=True, quiet=True)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(fg.InputError, match="holds no run: choose another --run-dir"):
+        loop.train(SMALL, tmp_path, preset="digits", quiet=True)
+
+
+def test_damaged_runs_are_refused_with_the_remedy(finished, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(finished[0], directory)
+    for file in (directory / "checkpoints" / "22").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"garbage")
+    with pytest.raises(fg.InputError, match="remove it to use the one before"):
+        fg.load_run(directory)
+    with pytest.raises(fg.InputError, match="remove the damaged checkpoint"):
+        loop.train(SMALL, directory, preset="digits", resume=True, quiet=True)
+    shutil.rmtree(directory / "checkpoints")
+    with pytest.raises(fg.InputError, match="has no checkpoint yet"):
+        fg.load_run(directory)
+    (directory / "config.json").write_text("{")
+    with pytest.raises(fg.InputError, match="is damaged"):
+        fg.load_run(directory)
+    with pytest.raises(fg.InputError, match="give the directory that `forwardgrad train` wrote"):
+        fg.load_run(tmp_path / "nowhere")
+
+
+def test_evaluation_counts_every_image_once(finished):
+    arrays = data.find("digits").load(data.data_directory())
+    learner = Learner(dataclasses.replace(SMALL, batch_size=100), arrays)  # 360 and 1437 are no multiples
+    run = fg.load_run(finished[0])
+    for split, images, labels in (
+        ("train", arrays.train_images, arrays.train_labels),
+        ("test", arrays.test_images, arrays.test_labels),
+    ):
+        wrong = np.asarray(run.predict(images)).argmax(1) != labels
+        assert learner.error(run, split) == pytest.approx(100 * wrong.mean())
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("linear", lambda t: 0.1 * (1 - t)),
+        ("cosine", lambda t: 0.05 * (1 + np.cos(np.pi * t))),
+        ("step", lambda t: 0.1 * (0.1 ** ((t >= 0.5) + (t >= 0.8)))),
+        ("constant", lambda t: 0.1),
+    ],
+)
+def test_schedules(name, expected):
+    rate = schedule(dataclasses.replace(SMALL, schedule=name, lr=0.1, epochs=10), steps_per_epoch=10)
+    for step in (0, 1, 49, 50, 79, 80, 99):
+        assert float(rate(step)) == pytest.approx(expected(step / 100), abs=1e-6)
+    warm = schedule(dataclasses.replace(SMALL, schedule=name, lr=0.1, epochs=12, warmup_epochs=2), steps_per_epoch=10)
+    assert [float(warm(s)) for s in (0, 10, 20)] == pytest.approx([0.0, 0.05, expected(0.0)], abs=1e-6)
+
+
+def test_weight_decay_is_coupled_leaves_biases_out_and_follows_the_classifier_factor():
+    experiment = dataclasses.replace(
+        SMALL, lr=0.1, momentum=0.5, weight_decay=0.01, classifier_lr=0.1, schedule="constant"
+    )
+    network = experiment.model.network((8, 8, 1), 10)
+    params, _ = network.init(jax.random.key(0))
+    grads = jax.tree.map(jnp.ones_like, params)
+    transform = optimiser(experiment, network, 10)
+    state, velocity, moved = transform.init(params), jax.tree.map(jnp.zeros_like, params), params
+    factor = lambda path: 0.1 if "classifier" in str(path) else 1.0
+    decay = lambda path: 0.0 if "bias" in str(path) else 0.01
+    for _ in range(3):
+        updates, state = transform.update(grads, state, moved)
+        velocity = jax.tree_util.tree_map_with_path(lambda p, v, w: 0.5 * v + factor(p) + decay(p) * w, velocity, moved)
+        moved = optax.apply_updates(moved, updates)
+        expected = jax.tree.map(lambda v: -0.1 * v, velocity)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), updates, expected)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"flip": True}, {"crop": 1}, {"optimizer": "adam", "lr": 1e-3}, {"guess": "gaussian", "draws": 2}]
+)
+def test_every_setting_changes_the_run(finished, tmp_path, changes):
+    loop.train(dataclasses.replace(SMALL, **changes), tmp_path / "run", quiet=True)
+    one, other = final_arrays(tmp_path / "run"), final_arrays(finished[0])
+    assert all(
+        not np.array_equal(one[name], other[name])
+        for name in one
+        if name.startswith("params") and name.endswith("kernel")
+    )
+
+
+def test_one_compilation_serves_every_length_of_dispatch():
+    learner = Learner(SMALL, data.find("digits").load(data.data_directory()))
+    state = learner.init()
+    for count in (1, 3, 7):
+        state, log = learner.run(state, count)
+        assert len(log.loss) == count
+    assert learner._dispatch._cache_size() == 1
