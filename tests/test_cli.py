@@ -219,10 +219,21 @@ def test_help_lists_every_command(capsys):
 @pytest.mark.parametrize("method", recipes.names())
 def test_every_method_trains_from_the_command_line(method, tmp_path):
     directory = tmp_path / "run"
-    assert (
-        dispatch(["train", *QUICK, "--method", method, "--epochs", "1", "--lr", "0.001", "--run-dir", str(directory)])
-        == 0
-    )
+    line = [
+        "train",
+        "--model",
+        "mlp",
+        "--hidden",
+        "8",
+        "--batch-size",
+        "256",
+        "--epochs",
+        "1",
+        "--lr",
+        "0.001",
+        "--quiet",
+    ]
+    assert dispatch([*line, "--method", method, "--run-dir", str(directory)]) == 0
     assert json.loads((directory / "result.json").read_text())["method"] == method
 
 
@@ -236,28 +247,20 @@ def test_presets_resolve_and_survive_json(preset):
 def test_the_users_own_arrays_train(tmp_path):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 96)
-    images = (rng.integers(0, 60, (96, 4, 4)) + 60 * labels[:, None, None]).astype(np.uint8)
+    images = rng.integers(0, 60, (96, 4, 4)).astype(np.uint8)
+    images[np.arange(96), labels] += 180  # class k: row k is bright (a pattern: brightness alone is normalised away)
     file = tmp_path / "mine.npz"
     np.savez(file, x_train=images[:64], y_train=labels[:64], x_test=images[64:], y_test=labels[64:])
-    line = [
-        "train",
-        "--dataset",
-        f"npz:{file}",
-        *QUICK,
-        "--batch-size",
-        "16",
-        "--epochs",
-        "15",
-        "--run-dir",
-        str(tmp_path / "run"),
-    ]
+    line = ["train", "--dataset", f"npz:{file}", *QUICK, "--batch-size", "16", "--epochs", "15", "--method", "bp"]
+    line += ["--lr", "0.1", "--run-dir", str(tmp_path / "run")]
     assert dispatch(line) == 0
     assert json.loads((tmp_path / "run" / "result.json").read_text())["test_error"] < 20
 
 
 @pytest.mark.skipif(not os.environ.get("FORWARDGRAD_DATA"), reason="FORWARDGRAD_DATA is not set")
-@pytest.mark.parametrize(("method", "worst"), [("bp", 8.0), ("lg-fg-a", 12.0)])
+@pytest.mark.parametrize(("method", "worst"), [("bp", 12.0), ("lg-fg-a", 25.0)])
 def test_real_mnist_trains(method, worst, tmp_path):
     line = ["train", "mnist-s-1-1", "--method", method, "--epochs", "1", "--quiet", "--run-dir", str(tmp_path / "run")]
     assert dispatch(line) == 0
+    # one epoch, whose learning rate falls to zero within it; a classifier that guesses has 90
     assert json.loads((tmp_path / "run" / "result.json").read_text())["test_error"] < worst
