@@ -252,7 +252,7 @@ def test_the_users_own_arrays_train(tmp_path):
     file = tmp_path / "mine.npz"
     np.savez(file, x_train=images[:64], y_train=labels[:64], x_test=images[64:], y_test=labels[64:])
     line = ["train", "--dataset", f"npz:{file}", *QUICK, "--batch-size", "16", "--epochs", "15", "--method", "bp"]
-    line += ["--lr", "0.1", "--run-dir", str(tmp_path / "run")]
+    line += ["--patches", "1", "--lr", "0.1", "--run-dir", str(tmp_path / "run")]
     assert dispatch(line) == 0
     assert json.loads((tmp_path / "run" / "result.json").read_text())["test_error"] < 20
 
