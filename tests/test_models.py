@@ -170,7 +170,7 @@ def test_the_measured_bias_is_that_of_enumerated_estimates(norm):
     # a basis has sum of u uᵀ = I: the sum of its credits is the expectation
     expected = jax.tree.map(lambda x: x.sum(0), jax.jit(jax.vmap(credit))(directions))
     step = Step(network, method.target, params, state, complete(batch))
-    loss = lambda eps: step.displaced({k: fg.Named(v, step.taps[k].axes) for k, v in eps.items()})[0].loss
+    loss = lambda eps: step.displaced({k: fg.Named(v, step.taps[k].axes) for k, v in eps.items()}).terms[0].loss
     true = jax.grad(loss)(jax.tree.map(jnp.zeros_like, expected))
     for name, found in checks.bias(*given).items():
         by_hand = jnp.linalg.norm((expected[name] - true[name]).ravel()) / jnp.linalg.norm(true[name].ravel())

@@ -159,7 +159,7 @@ def _biases(
         """Of the cells that `mask` leaves, with respect to every site."""
 
         def loss(eps: dict[str, jax.Array]) -> jax.Array:
-            terms = step.displaced({name: Named(value, sites[name].axes) for name, value in eps.items()})
+            terms = step.displaced({name: Named(value, sites[name].axes) for name, value in eps.items()}).terms
             kept = [contract((), term.cells, _fitting(mask, term.cells.axes)).value for term in terms.values()]
             return jnp.sum(jnp.stack(kept))
 
@@ -323,7 +323,7 @@ def _leaks_of(
                 if off:
                     value = value * jnp.where(masked, off[name], 1)
                 u[name] = Named(value[None], ("draw", *names))
-            pushed, largest = step.push(part, u), []
+            pushed, largest = step.push(part, u).terms, []
             for scope in step.scopes:
                 kept = step.cells(scope, pushed).sum_to(part.partition)
                 value = jnp.abs(kept.value)
@@ -376,7 +376,7 @@ def _one_by_one(step: Step, term: int) -> jax.Array:
     """Loss cells of each example run alone; differ from the batch's where the network couples examples."""
 
     def example(batch: Mapping[str, Any]) -> jax.Array:
-        terms, _, _ = step.run(step.params, taps.displace({}), batch=jax.tree.map(lambda x: x[None], batch))
-        return terms[term].cells.value[0]
+        ran = step.run(step.params, taps.displace({}), batch=jax.tree.map(lambda x: x[None], batch))
+        return ran.terms[term].cells.value[0]
 
     return jax.vmap(example)(dict(step.batch))

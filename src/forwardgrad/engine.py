@@ -1,25 +1,26 @@
-"""The engine: an estimator answers target, guess, insertion, partition and rule; `whole.py` carries the answer out on one batch."""
+"""The engine: an estimator answers target, guess, insertion, partition and rule; `whole.py` or `streaming.py` carries the answer out."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from forwardgrad import probes, rules
+from forwardgrad import probes, rules, streaming
 from forwardgrad.errors import InputError
 from forwardgrad.guesses.base import Guess
 from forwardgrad.insertions import Insertion
-from forwardgrad.named import Named
 from forwardgrad.network import Network, complete
+from forwardgrad.parts import Carry, Update, learn
 from forwardgrad.parts import Estimate as Estimate
 from forwardgrad.parts import Info as Info
 from forwardgrad.parts import Part as Part
+from forwardgrad.pieces import in_pieces
 from forwardgrad.targets import Target
-from forwardgrad.whole import Step
+from forwardgrad.whole import Step, measure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,9 @@ class Estimator:
       name: for messages.
       microbatch: examples that are worked on at a time; `None` is the whole batch. Any divisor of the batch size gives the same result;
         estimators of which that is not true are refused.
+      executor: "whole" runs the network as one function, "streamed" one block at a time, so that memory does not grow with depth, with the same
+        result. "auto" streams where it costs nothing: greedy targets, weights, and activations under a global loss beyond 8 blocks, where it
+        costs one more forward pass.
     """
 
     network: Network
@@ -41,8 +45,11 @@ class Estimator:
     allow_bias: bool = False
     name: str = "estimator"
     microbatch: int | None = None
+    executor: Literal["auto", "whole", "streamed"] = "auto"
 
     def __post_init__(self) -> None:
+        if self.executor not in ("auto", "whole", "streamed"):
+            raise InputError(f"executor {self.executor!r} does not exist: use auto, whole or streamed.")
         for part in self.parts:
             if not part.probe.exact and (self.target.cuts(self.network) or not set(part.partition) <= {"batch"}):
                 raise InputError(
@@ -98,68 +105,67 @@ class Estimator:
         Returns:
           `(Estimate, state, model_state)`.
         """
+        # the gradients are what an update would be given
+        gradients = lambda block, grads, opt_state, params: (params, grads)
+        carry = Carry(params, model_state, jax.tree.map(jnp.zeros_like, params), state)
+        packed, loss, info = self.step(key, self.pack(carry, batch), batch, gradients)
+        carry = self.unpack(packed, state)
+        return Estimate(loss, carry.opt_state, info), carry.state, carry.model_state
+
+    def streams(self, params: Any, model_state: Any, batch: Mapping[str, Any]) -> bool:
+        """Whether the streamed executor is used. Only shapes are looked at.
+
+        Raises:
+          InputError: it is asked for and cannot be used.
+        """
+        if self.executor == "whole":
+            return False
+        why = streaming.why_not(self, params, model_state, batch)
+        if self.executor == "streamed" and why:
+            raise InputError(
+                f"{self.name} cannot be streamed, because {why}: use the whole executor (--executor whole)."
+            )
+        activations = any(part.insertion.taps is not None for part in self.parts)
+        costs = activations and not streaming.is_greedy(self) and len(self.network.blocks) <= 8
+        return not why and (self.executor == "streamed" or not costs)
+
+    def pack(self, carry: Carry, batch: Mapping[str, Any]) -> Carry | streaming.Packed:
+        """The form in which `step` wants what it changes; `batch` for its shapes. Pack once, then take many steps."""
+        return streaming.pack(self, carry, batch) if self.streams(carry.params, carry.model_state, batch) else carry
+
+    def unpack(self, packed: Carry | streaming.Packed, state: tuple[Any, ...]) -> Carry:
+        """The inverse of `pack`; `state` is the estimator's state before."""
+        return streaming.unpack(self, packed, state) if isinstance(packed, streaming.Packed) else packed
+
+    def step(
+        self, key: jax.Array, packed: Carry | streaming.Packed, batch: Mapping[str, Any], update: Update
+    ) -> tuple[Carry | streaming.Packed, jax.Array, Info]:
+        """Estimate the gradient on one batch and update every block with it.
+
+        Args:
+          key: of this step.
+          packed: from `pack` or the step before.
+          batch: as for `estimate`.
+          update: `(block, gradients, opt_state, params) -> (params, opt_state)`, for one block at a time.
+
+        Returns:
+          What the next step takes, the target's loss, and `Info`.
+        """
         batch = complete(batch)
-        if self.microbatch is None:
-            estimate, statistics, model_state = self._measure(key, state, params, model_state, batch)
-        else:
-            estimate, statistics = self._measure_in_pieces(key, state, params, model_state, batch, self.microbatch)
-        return estimate, self._learn(state, statistics), model_state
+        if isinstance(packed, streaming.Packed):
+            return streaming.step(self, key, packed, batch, self.microbatch, update)
+        params, model_state, opt_state, state = packed
 
-    def _measure(
-        self, key: jax.Array, state: tuple[Any, ...], params: Any, model_state: Any, batch: Mapping[str, Any]
-    ) -> tuple[Estimate, tuple[Any, ...], Any]:
-        """The estimate on some examples, and the statistics that guesses learn from. Both sum over disjoint sets of examples."""
-        step = Step(self.network, self.target, params, model_state, batch)
-        credits: dict[str, Named] = {}
-        statistics = []
-        for number, (part, part_state) in enumerate(zip(self.parts, state, strict=True)):
-            got, observed = step.run_part(part, jax.random.fold_in(key, number), part_state)
-            twice = sorted(set(got) & set(credits))
-            if twice:
-                raise InputError(f"two parts estimate {', '.join(twice)}: give each site to one part (only=...).")
-            credits.update(got)
-            statistics.append(observed)
-        estimate, model_state = step.pull(credits)
-        return estimate, tuple(statistics), model_state
+        def some(batch: Mapping[str, Any]) -> tuple[Any, Any]:
+            m = measure(self, key, state, params, model_state, batch)
+            return (m.estimate.loss, m.estimate.grads, m.estimate.info.losses, m.statistics, m.model_state), (
+                m.estimate.info.outputs
+            )
 
-    def _measure_in_pieces(
-        self, key: jax.Array, state: tuple[Any, ...], params: Any, model_state: Any, batch: Mapping[str, Any], size: int
-    ) -> tuple[Estimate, tuple[Any, ...]]:
-        """The same by a scan over microbatches: noise is keyed by the global example index, losses carry the weight of the whole batch."""
-        n = len(batch["weight"])
-        if size < 1 or n % size:
-            raise InputError(f"microbatches of {size} do not divide a batch of {n}: choose a divisor.")
-
-        def measure(piece: Mapping[str, Any]) -> tuple[Any, Named]:
-            estimate, statistics, _ = self._measure(key, state, params, model_state, piece)
-            sums = (estimate.loss, estimate.grads, estimate.info.losses, statistics)
-            return sums, estimate.info.outputs
-
-        pieces = jax.tree.map(lambda x: x.reshape(n // size, size, *x.shape[1:]), dict(batch))
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(measure, jax.tree.map(lambda x: x[0], pieces))[0]
-        )
-
-        def add(sums: Any, piece: Mapping[str, Any]) -> tuple[Any, Named]:
-            more, outputs = measure(piece)
-            return jax.tree.map(jnp.add, sums, more), outputs
-
-        (loss, grads, losses, statistics), outputs = jax.lax.scan(add, zeros, pieces)
-        outputs = Named(outputs.value.reshape(n, *outputs.value.shape[2:]), outputs.axes)  # "batch" is first
-        return Estimate(loss, grads, Info(losses, outputs)), statistics
-
-    def _learn(self, state: tuple[Any, ...], statistics: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Each guess's update, once per step."""
-        out = []
-        for part, part_state, observed in zip(self.parts, state, statistics, strict=True):
-            new = {scope: dict(roles) for scope, roles in part_state.items()}
-            for scope, roles in observed.items():
-                for role, seen in roles.items():
-                    guess = part.guess if role == "guess" else part.predictor
-                    assert guess is not None
-                    new[scope][role] = guess.update(part_state[scope][role], seen)
-            out.append(new)
-        return tuple(out)
+        (loss, grads, losses, statistics, model_state), outputs = in_pieces(some, batch, self.microbatch)
+        updated = {name: update(name, grads[name], opt_state[name], params[name]) for name in params}
+        params, opt_state = ({name: both[i] for name, both in updated.items()} for i in (0, 1))
+        return Carry(params, model_state, opt_state, learn(self.parts, state, statistics)), loss, Info(losses, outputs)
 
 
 def estimator(

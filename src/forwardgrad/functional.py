@@ -107,7 +107,7 @@ def value_and_grad(
         apart = partition if partition is not None else shapes.axes if insertion.taps is not None else ()
         part = Part(guess, insertion, tuple(apart), rule, predictor, draws, probe)
         tree = {"": {"layers": params, "readout": ()}}
-        method = Estimator(network_of(program), global_loss(), (part,), allow_bias, "value_and_grad")
+        method = Estimator(network_of(program), global_loss(), (part,), allow_bias, "value_and_grad", executor="whole")
         signature = jax.tree.structure((tree, batch)), tuple(jax.typeof(x) for x in jax.tree.leaves((tree, batch)))
         if not allow_bias and signature not in checked:
             # what the function closes over may be known only as a tracer, as its arguments may

@@ -23,11 +23,11 @@ class Choice(NamedTuple):
     noise: Mapping[str, tuple[str, ...]] | None = None
     extra: tuple[str, ...] = ()
 
-    def select(self, names: Mapping[str, str]) -> list[str]:
+    def select(self, names: Mapping[str, str], all_sites: bool = True) -> list[str]:
         """Of `{site: name within its block}`, the sites chosen.
 
         Raises:
-          InputError: a pattern that matches nothing.
+          InputError: these are all sites, and a pattern matches nothing.
         """
         if self.only is None:
             return list(names)
@@ -38,7 +38,7 @@ class Choice(NamedTuple):
             s for s, n in names.items() if fnmatch.fnmatch(n, pattern) or fnmatch.fnmatch(s, pattern)
         ]
         for pattern in patterns:
-            if not hit(pattern):
+            if all_sites and not hit(pattern):
                 raise unknown("site", pattern, set(names.values()))
         chosen = {site for pattern in patterns for site in hit(pattern)}
         return [site for site in names if site in chosen]

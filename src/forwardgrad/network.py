@@ -52,6 +52,8 @@ class Block(NamedTuple):
       weights: `{leaf path: axes}` of the leaves that may be displaced, e.g. `{"group/kernel": ("group", "in", "channel")}`. An axis that the
         loss has too keeps its cells apart there. `None`: every leaf, with axes that no loss shares.
       detached: a readout only, as Ren et al.'s final classifier: with local targets its loss never reaches the blocks below.
+      code: neighbours whose `code` is equal and not `None` compute the same function of parameters of equal shapes, so that the streamed
+        executor may compile one of them for all.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Block(NamedTuple):
     init: Callable[[jax.Array], tuple[Any, Any]] = lambda key: ((), ())
     weights: Mapping[str, tuple[str, ...]] | None = None
     detached: bool = False
+    code: Any = None
 
 
 class Network(NamedTuple):
@@ -118,6 +121,15 @@ class Term(NamedTuple):
         return self.cells.value.sum()
 
 
+class Ran(NamedTuple):
+    """A run of a network: `{position: Term}`, `{tap site: record}`, model state, and the last block's output."""
+
+    terms: dict[int, Term]
+    records: dict[str, Any]
+    state: dict[str, Any]
+    hidden: Any
+
+
 def prefix(block: Block) -> str:
     """What stands before a tap's name in a site's name: nothing for a nameless block (a plain function)."""
     return f"{block.name}/" if block.name else ""
@@ -156,6 +168,7 @@ class Runner:
 
     Attributes:
       where: `{tap site: (position of its block, name within it)}`, known after a run.
+      programs: the blocks as they were traced last, known after a run.
     """
 
     def __init__(
@@ -167,10 +180,13 @@ class Runner:
             raise InputError(f"two blocks are called {twice[0]!r}: give each block its own name.")
         self.network, self.cuts, self.terms, self.state, self.batch = network, cuts, terms, state, batch
         self.where: dict[str, tuple[int, str]] = {}
+        self.programs: dict[int, taps.Program] = {}
         self._programs: dict[Any, taps.Program] = {}
 
-    def __call__(self, params: Any, visit: taps.Visit, state: Any = None, batch: Mapping[str, Any] | None = None):
-        """Returns `({position: Term}, {tap site: record}, model state)`."""
+    def __call__(
+        self, params: Any, visit: taps.Visit, state: Any = None, batch: Mapping[str, Any] | None = None
+    ) -> Ran:
+        """One forward pass under a visitor."""
         state, batch = self.state if state is None else state, self.batch if batch is None else batch
         h, records, terms, new_state = batch["inputs"], {}, {}, {}
         for i, block in enumerate(self.network.blocks):
@@ -178,7 +194,7 @@ class Runner:
                 h = jax.lax.stop_gradient(h)
             here = prefix(block)
             args = (params[block.name]["layers"], state[block.name], h)
-            program = self._program(i, args)
+            program = self.programs[i] = self._program(i, args)
             self.where.update({here + name: (i, name) for name in program.taps})
             (h, new_state[block.name]), seen = taps.evaluate(
                 program, args, lambda name, axes, z, here=here: visit(here + name, axes, z)
@@ -186,7 +202,7 @@ class Runner:
             records.update({here + name: value for name, value in seen.items()})
             if i in self.terms:
                 terms[i] = self._term(block, params[block.name]["readout"], h, batch)
-        return terms, records, new_state
+        return Ran(terms, records, new_state, h)
 
     def _program(self, i: int, args: Any) -> taps.Program:
         leaves, structure = jax.tree.flatten(args)

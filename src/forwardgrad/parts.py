@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -44,6 +45,33 @@ class Info(NamedTuple):
 
     losses: dict[str, jax.Array]
     outputs: Named
+
+
+class Carry(NamedTuple):
+    """All that a training step reads and changes: dicts by block, and the estimator's state."""
+
+    params: Any
+    model_state: Any
+    opt_state: Any
+    state: tuple[Any, ...]
+
+
+Update = Callable[[str, Any, Any, Any], tuple[Any, Any]]
+"""`(block, gradients, opt_state, params) -> (params, opt_state)`, all of one block. Blocks of equal code share one call, with the first's name."""
+
+
+def learn(parts: tuple[Part, ...], state: tuple[Any, ...], statistics: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Each guess's update from what it observed, once per step."""
+    out = []
+    for part, part_state, observed in zip(parts, state, statistics, strict=True):
+        new = {scope: dict(roles) for scope, roles in part_state.items()}
+        for scope, roles in observed.items():
+            for role, seen in roles.items():
+                guess = part.guess if role == "guess" else part.predictor
+                assert guess is not None
+                new[scope][role] = guess.update(part_state[scope][role], seen)
+        out.append(new)
+    return tuple(out)
 
 
 class Estimate(NamedTuple):

@@ -148,6 +148,37 @@ def evaluate(program: Program, args: Sequence[Any], visit: Visit) -> tuple[Any, 
     return jax.tree.unflatten(program.structure, outs), records
 
 
+def reached(program: Program, sources: Sequence[bool], cut: Collection[str]) -> Any:
+    """Which results may depend on some arguments otherwise than through cut taps.
+
+    Args:
+      program: traced.
+      sources: for the first leaves of the arguments, whether they are asked about; the others are not.
+      cut: names of taps at which a dependence ends.
+
+    Returns:
+      The function's result with True or False in place of each leaf. True where it cannot be told.
+    """
+    jaxpr = program.closed.jaxpr
+    flags = [*sources, *[False] * (len(jaxpr.invars) - len(sources))]
+    return jax.tree.unflatten(program.structure, _reached(jaxpr, flags, cut))
+
+
+def _reached(jaxpr: Any, flags: Sequence[bool], cut: Collection[str]) -> list[bool]:
+    marked = {v for v, flag in zip(jaxpr.invars, flags, strict=True) if flag}
+    hit = lambda v: not isinstance(v, Literal) and v in marked
+    for eqn in jaxpr.eqns:
+        ins = [hit(v) for v in eqn.invars]
+        inner = [j for j in _inner(eqn) if any(True for _ in _tap_names(j))]
+        if inner:  # `jit` or `checkpoint`: nothing else may hold taps
+            outs = _reached(inner[0], ins, cut)
+        else:
+            ends = eqn.primitive is tap_p and eqn.params["name"] in cut
+            outs = [any(ins) and not ends] * len(eqn.outvars)
+        marked |= {v for v, out in zip(eqn.outvars, outs, strict=True) if out}
+    return [hit(v) for v in jaxpr.outvars]
+
+
 def visited(function: Callable, visit: Visit) -> Callable:
     """`function(*args) -> out` becomes `(*args) -> (out, {tap name: record})`.
 

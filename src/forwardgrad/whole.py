@@ -12,8 +12,8 @@ The passes repeat the same forward computation under different visitors; inside 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,20 +22,107 @@ from forwardgrad import credit, taps
 from forwardgrad.errors import InputError, unknown
 from forwardgrad.guesses.base import Site, View
 from forwardgrad.named import Named, axis_names, contract
-from forwardgrad.network import Network, Runner, Term, leaf_paths, weighed, with_leaves
+from forwardgrad.network import Network, Ran, Runner, Term, leaf_paths, weighed, with_leaves
 from forwardgrad.parts import Estimate, Info, Part
 from forwardgrad.targets import Scope, Target
 
 
-class Step:
-    """One batch of an estimator: the recorded run, and the passes over it."""
+class Measured(NamedTuple):
+    """An estimate on some examples, the statistics that guesses learn from, the model's new state, and the last block's output.
 
-    def __init__(self, network: Network, target: Target, params: Any, model_state: Any, batch: Mapping[str, Any]):
+    Estimate and statistics sum over disjoint sets of examples.
+    """
+
+    estimate: Estimate
+    statistics: tuple[Any, ...]
+    model_state: Any
+    hidden: Any
+
+
+def measure(
+    method: Method,
+    key: jax.Array,
+    state: tuple[Any, ...],
+    params: Any,
+    model_state: Any,
+    batch: Mapping[str, Any],
+    first: int | jax.Array | None = None,
+) -> Measured:
+    """One estimate by the whole network.
+
+    Args:
+      method: network, target and parts.
+      key, state, params, model_state, batch: as in `Estimator.estimate`.
+      first: number of the network's first block, where the network is a piece of a larger one.
+    """
+    step = Step(method.network, method.target, params, model_state, batch, first)
+    credits: dict[str, Named] = {}
+    statistics = []
+    for number, (part, part_state) in enumerate(zip(method.parts, state, strict=True)):
+        got, observed = step.run_part(part, jax.random.fold_in(key, number), part_state)
+        twice = sorted(set(got) & set(credits))
+        if twice:
+            raise InputError(f"two parts estimate {', '.join(twice)}: give each site to one part (only=...).")
+        credits.update(got)
+        statistics.append(observed)
+    weights = {site: c for site, c in credits.items() if site not in step.taps}
+    estimate, model_state = step.pull({site: c for site, c in credits.items() if site in step.taps}, set(weights))
+    estimate = estimate._replace(grads=step.with_estimated(estimate.grads, weights))
+    return Measured(estimate, tuple(statistics), model_state, step.hidden)
+
+
+class Piece(NamedTuple):
+    """A method on a part of its network."""
+
+    network: Network
+    target: Target
+    parts: tuple[Part, ...]
+
+
+class Method(Protocol):
+    """What an estimator is to an executor."""
+
+    @property
+    def network(self) -> Network: ...
+    @property
+    def target(self) -> Target: ...
+    @property
+    def parts(self) -> tuple[Part, ...]: ...
+
+
+class Pushed(NamedTuple):
+    """Tangents: of each loss's outputs and cells, and of the last block's output."""
+
+    terms: dict[int, Term]
+    hidden: Any
+
+
+class Step:
+    """One batch of an estimator: the recorded run, and the passes over it.
+
+    Args:
+      first: number of the network's first block, where it is a piece of a larger network, in which a part may have nothing to do.
+      cells: lengths of the loss's axes, for a piece without a loss (its target's scope has no terms).
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        target: Target,
+        params: Any,
+        model_state: Any,
+        batch: Mapping[str, Any],
+        first: int | jax.Array | None = None,
+        cells: Mapping[str, int] | None = None,
+    ):
         self.network, self.params, self.batch = network, params, batch
+        self.alone, self.first = first is None, 0 if first is None else first
         self.scopes = target.scopes(network)
         terms = tuple(t for scope in self.scopes for t in scope.terms)
         self.run = Runner(network, target.cuts(network), terms, model_state, batch)
-        self.terms, self.taps, _ = self.run(params, taps.record)
+        self.terms, self.taps, self.state, self.hidden = self.run(params, taps.record)
+        self.lengths = {a: n for term in self.terms.values() for a, n in term.cells.sizes.items()}
+        self.lengths |= cells or {}
 
     def cells(self, scope: Scope, terms: Mapping[int, Term]) -> Named:
         """The scope's loss cells; several losses are added along the axes that all of them have."""
@@ -48,7 +135,7 @@ class Step:
         out: dict[str, Site] = {}
         if part.insertion.taps is not None:
             choice = part.insertion.taps
-            for site in choice.select({site: name for site, (_, name) in self.run.where.items()}):
+            for site in choice.select({site: name for site, (_, name) in self.run.where.items()}, self.alone):
                 block, name = self.run.where[site]
                 z = self.taps[site]
                 noise = choice.noise_axes(name, z.axes)
@@ -60,7 +147,7 @@ class Step:
                     self._lengths(site, noise, z.sizes),
                     z.value.dtype,
                     "tap",
-                    block,
+                    self.first + block,
                     name,
                 )
         if part.insertion.weights is not None:
@@ -76,7 +163,7 @@ class Step:
                 for name, leaf in leaf_paths(self.params[block.name]["layers"]).items()
                 if block.weights is None or name in block.weights
             }
-            for site in choice.select({site: leaf[1] for site, leaf in leaves.items()}):
+            for site in choice.select({site: leaf[1] for site, leaf in leaves.items()}, self.alone):
                 i, name, leaf = leaves[site]
                 anonymous = tuple(f"{site}:{k}" for k in range(jnp.ndim(leaf)))
                 axes = axis_names(self._weight_axes(self.network.blocks[i].name, name, anonymous), f"weight {site!r}")
@@ -88,36 +175,44 @@ class Step:
                 sizes = dict(zip(axes, jnp.shape(leaf), strict=True))
                 self._refuse_axes(site, part, noise, sizes)
                 out[site] = Site(
-                    axes, jnp.shape(leaf), noise, self._lengths(site, noise, sizes), leaf.dtype, "weight", i, name
+                    axes,
+                    jnp.shape(leaf),
+                    noise,
+                    self._lengths(site, noise, sizes),
+                    leaf.dtype,
+                    "weight",
+                    self.first + i,
+                    name,
                 )
-        if not out and (part.insertion.taps or part.insertion.weights):
+        if self.alone and not out and (part.insertion.taps or part.insertion.weights):
             kind = "taps" if part.insertion.taps else "weights"
             raise InputError(
                 f"the network has no {kind} to displace: mark activations with forwardgrad.tap, or perturb the other kind."
             )
         return out
 
+    def position(self, site: str) -> int:
+        """Position of a site's block in this network."""
+        if site in self.run.where:
+            return self.run.where[site][0]
+        block = site.split("#", 1)[0]
+        return next(i for i, b in enumerate(self.network.blocks) if b.name == block)
+
     def _refuse_axes(self, site: str, part: Part, noise: tuple[str, ...], sizes: Mapping[str, int]) -> None:
         """Refuse axes that cannot mean what they say."""
-        cells: dict[str, int] = {}
-        for term in self.terms.values():
-            cells.update(term.cells.sizes)
         for a, n in sizes.items():
-            if a in part.partition and a in cells and cells[a] != n:
+            if a in part.partition and self.lengths.get(a, n) != n:
                 raise InputError(
-                    f"axis {a!r} has length {n} at {site!r} and {cells[a]} in the loss: give it another name there."
+                    f"axis {a!r} has length {n} at {site!r} and {self.lengths[a]} in the loss: give it another name there."
                 )
-            if a not in noise and (a not in part.partition or a not in cells):
+            if a not in noise and (a not in part.partition or a not in self.lengths):
                 raise InputError(
                     f"{site!r} shares one displacement along {a!r}, along which losses are not kept apart: add {a!r} to the partition, or do not "
                     "share it."
                 )
 
     def _lengths(self, site: str, axes: tuple[str, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
-        known: dict[str, int] = {}
-        for term in self.terms.values():
-            known.update(term.cells.sizes)
-        known.update(sizes)
+        known = {**self.lengths, **sizes}
         for a in axes:
             if a not in known:
                 raise InputError(
@@ -129,22 +224,18 @@ class Step:
         """What the part's guesses see, scope by scope; scopes without displaced sites are left out."""
         all_sites, out = self.sites(part), {}
         for scope in self.scopes:
-            sites = {name: site for name, site in all_sites.items() if site.block in scope.blocks}
+            sites = {name: site for name, site in all_sites.items() if self.position(name) in scope.blocks}
             if not sites:
                 continue
             readouts = {
                 b.name: b.readout for b in (self.network.blocks[i] for i in scope.blocks) if b.readout is not None
             }
-            outputs = self.terms[scope.terms[-1]].outputs
-            last = readouts[self.network.blocks[scope.terms[-1]].name].loss
-            loss = lambda value, axes=outputs.axes, last=last: weighed(
-                last(Named(value, axes), self.batch), self.batch
-            ).value.sum()
+            outputs = self.terms[scope.terms[-1]].outputs if scope.terms else None
             out[scope] = View(
                 sites=sites,
                 taps={name: z for name, z in self.taps.items() if self.run.where[name][0] in scope.blocks},
-                outputs=outputs,
-                error=Named(jax.grad(loss)(outputs.value), outputs.axes),
+                outputs=outputs,  # pyright: ignore[reportArgumentType]
+                error=self._error(scope, outputs),  # pyright: ignore[reportArgumentType]
                 readouts=readouts,
                 params={self.network.blocks[i].name: self.params[self.network.blocks[i].name] for i in scope.blocks},
                 batch=self.batch,
@@ -154,6 +245,15 @@ class Step:
             )
         return out
 
+    def _error(self, scope: Scope, outputs: Named | None) -> Named | None:
+        """Derivative of the scope's last loss with respect to its outputs."""
+        if outputs is None:
+            return None
+        readout = self.network.blocks[scope.terms[-1]].readout
+        assert readout is not None
+        loss = lambda value: weighed(readout.loss(Named(value, outputs.axes), self.batch), self.batch).value.sum()
+        return Named(jax.grad(loss)(outputs.value), outputs.axes)
+
     def forward(
         self, scope: Scope, params: Mapping[str, Any], visit: taps.Visit, greedy: bool
     ) -> tuple[jax.Array, dict[str, Any]]:
@@ -162,7 +262,7 @@ class Step:
         if greedy:
             own = tuple(i for i in scope.blocks if self.network.blocks[i].readout is not None)
             run = Runner(self.network, frozenset(range(1, len(self.network.blocks))), own, run.state, self.batch)
-        terms, records, _ = run({**self.params, **params}, visit)
+        terms, records, _, _ = run({**self.params, **params}, visit)
         wanted = terms if greedy else {t: terms[t] for t in scope.terms}
         return jnp.sum(jnp.stack([term.loss for term in wanted.values()])), records
 
@@ -173,17 +273,14 @@ class Step:
         p: dict[str, Named] = {}
         for scope, view in views.items():
             if part.guess is not None:
-                own = jax.random.fold_in(jax.random.fold_in(key, 0), scope.blocks[0])
-                proposed = part.guess.propose(own, state[scope.name]["guess"], view)
-                u.update(
-                    {site: _drawn(jax.lax.stop_gradient(direction), part.draws) for site, direction in proposed.items()}
-                )
+                own = jax.random.fold_in(jax.random.fold_in(key, 0), self.first + scope.blocks[0])
+                u.update(directions(part, own, state[scope.name]["guess"], view))
             if part.predictor is not None:
-                own = jax.random.fold_in(jax.random.fold_in(key, 1), scope.blocks[0])
+                own = jax.random.fold_in(jax.random.fold_in(key, 1), self.first + scope.blocks[0])
                 proposed = part.predictor.propose(own, state[scope.name]["predictor"], view)
                 mask = part.guess.mask if part.guess is not None else None
                 p.update({site: jax.lax.stop_gradient(self._masked(site, q, mask)) for site, q in proposed.items()})
-        pushed = self.push(part, u) if part.guess is not None else {}
+        pushed = self.push(part, u).terms if part.guess is not None else {}
         credits, statistics = {}, {}
         weight = Named(self.batch["weight"], ("batch",))
         for scope, view in views.items():
@@ -212,8 +309,8 @@ class Step:
         z = self.taps[site]
         return contract(prediction.axes, prediction, Named(mask(z.value), z.axes))
 
-    def displaced(self, eps: Mapping[str, Named], batch: Mapping[str, Any] | None = None) -> dict[int, Term]:
-        """All losses with sites displaced by `eps`; an axis that a displacement lacks shares it."""
+    def displaced(self, eps: Mapping[str, Named], batch: Mapping[str, Any] | None = None) -> Ran:
+        """A run with sites displaced by `eps`; an axis that a displacement lacks shares it."""
         flat, moved = leaf_paths(self.params), {}
         for site, move in eps.items():
             if site not in self.taps:
@@ -221,28 +318,36 @@ class Step:
                 path = _leaf_path(block, leaf)
                 moved[path] = flat[path] + move.to(self._weight_axes(block, leaf, move.axes)).astype(flat[path].dtype)
         at_taps = {site: move for site, move in eps.items() if site in self.taps}
-        return self.run(with_leaves(self.params, moved), taps.displace(at_taps), batch=batch)[0]
+        return self.run(with_leaves(self.params, moved), taps.displace(at_taps), batch=batch)
 
-    def push(self, part: Part, u: Mapping[str, Named]) -> dict[int, Term]:
-        """Tangents of every loss's outputs and cells along the directions, with a leading draw axis.
+    def push(self, part: Part, u: Mapping[str, Named], inputs: Any = None) -> Pushed:
+        """Tangents along the directions, with a leading draw axis.
 
         A weight direction with a batch axis runs the network one example at a time under `vmap`.
+
+        Args:
+          part: whose probe measures.
+          u: directions by site, with a leading draw axis.
+          inputs: tangents of `batch["inputs"]`, draw axis first, where a streamed network's earlier blocks are displaced as well.
         """
         axes = {site: direction.axes[1:] for site, direction in u.items()}
         per_example = {site: a.index("batch") for site, a in axes.items() if site not in self.taps and "batch" in a}
 
-        def values(eps: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> dict[int, Any]:
+        def values(eps: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> tuple[dict[int, Any], Any]:
             own = {site: tuple(a for a in axes[site] if site not in per_example or a != "batch") for site in eps}
-            terms = self.displaced({site: Named(value, own[site]) for site, value in eps.items()}, batch)
-            return {t: (term.outputs.value, term.cells.value) for t, term in terms.items()}
+            ran = self.displaced({site: Named(value, own[site]) for site, value in eps.items()}, batch)
+            return {t: (term.outputs.value, term.cells.value) for t, term in ran.terms.items()}, ran.hidden
 
-        def tangent(eps: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> dict[int, Any]:
+        def tangent(eps: Mapping[str, jax.Array], batch: Mapping[str, Any], moving: Any = None) -> Any:
             zeros = jax.tree.map(jnp.zeros_like, eps)
-            return part.probe.push(lambda e: values(e, batch), (zeros,), (eps,))[1]
+            if moving is None:
+                return part.probe.push(lambda e: values(e, batch), (zeros,), (eps,))[1]
+            f = lambda e, x: values(e, {**batch, "inputs": x})
+            return part.probe.push(f, (zeros, batch["inputs"]), (eps, moving))[1]
 
-        def one_draw(eps: Mapping[str, jax.Array]) -> dict[int, Any]:
+        def one_draw(eps: Mapping[str, jax.Array], moving: Any) -> Any:
             if not per_example:
-                return tangent(eps, self.batch)
+                return tangent(eps, self.batch, moving)
             if any("batch" not in term.cells.axes for term in self.terms.values()):
                 raise InputError(
                     "a displacement per example needs one loss per example: return a vector of losses, not their mean."
@@ -250,7 +355,7 @@ class Step:
             where = {site: a.index("batch") for site, a in axes.items() if "batch" in a}
             fixed = {site: e for site, e in eps.items() if site not in where}
 
-            def example(moving: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> dict[int, Any]:
+            def example(moving: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> Any:
                 # taps keep a batch axis of length one, weights lose theirs
                 moving = {s: e if s in per_example else jnp.expand_dims(e, where[s]) for s, e in moving.items()}
                 one = jax.tree.map(lambda x: x[None], batch)
@@ -258,36 +363,56 @@ class Step:
 
             return jax.vmap(example, in_axes=(where, 0))({site: eps[site] for site in where}, dict(self.batch))
 
-        out = jax.vmap(one_draw)({site: direction.value for site, direction in u.items()})
+        out, hidden = jax.vmap(one_draw, axis_size=part.draws)(
+            {site: direction.value for site, direction in u.items()}, inputs
+        )
         named = lambda value, like: Named(value, ("draw", *like.axes))
-        return {t: Term(named(o, self.terms[t].outputs), named(c, self.terms[t].cells)) for t, (o, c) in out.items()}
+        terms = {t: Term(named(o, self.terms[t].outputs), named(c, self.terms[t].cells)) for t, (o, c) in out.items()}
+        return Pushed(terms, hidden)
 
     def _weight_axes(self, block: str, leaf: str, default: tuple[str, ...]) -> tuple[str, ...]:
         (named,) = (b.weights for b in self.network.blocks if b.name == block)
         return default if named is None else named[leaf]
 
-    def pull(self, credits: Mapping[str, Named]) -> tuple[Estimate, Any]:
-        """From credits to parameter gradients: every displaced tap cut, readouts exact, estimated leaves left out of the vjp."""
-        estimated = {_leaf_path(*site.split("#", 1)): c for site, c in credits.items() if site not in self.taps}
-        at_taps = {site: c for site, c in credits.items() if site in self.taps}
-        free = {path: leaf for path, leaf in leaf_paths(self.params).items() if path not in estimated}
+    def pull(self, credits: Mapping[str, Named], estimated: Collection[str] = ()) -> tuple[Estimate, Any]:
+        """From credits of taps to parameter gradients: every displaced tap cut, readouts exact.
+
+        Args:
+          credits: by tap.
+          estimated: weight sites whose gradient is estimated: they are left out of the vjp, and their gradient is zero here.
+
+        Returns:
+          The estimate and the model's new state.
+        """
+        leave = {_leaf_path(*site.split("#", 1)) for site in estimated}
+        flat = leaf_paths(self.params)
+        free = {path: leaf for path, leaf in flat.items() if path not in leave}
 
         def cut_run(free: Mapping[str, jax.Array]):
-            terms, records, state = self.run(with_leaves(self.params, free), taps.cut(at_taps))
-            losses = {self.network.blocks[t].name: term.loss for t, term in terms.items()}
-            loss = jnp.sum(jnp.stack(list(losses.values())))
-            return (loss, {site: z.value for site, z in records.items()}), (
-                Info(losses, terms[max(terms)].outputs),
-                state,
-            )
+            ran = self.run(with_leaves(self.params, free), taps.cut(credits))
+            losses = {self.network.blocks[t].name: term.loss for t, term in ran.terms.items()}
+            loss = sum(losses.values(), jnp.zeros((), jnp.result_type(*losses.values()) if losses else None))
+            outputs = ran.terms[max(ran.terms)].outputs if ran.terms else None
+            return (loss, {site: z.value for site, z in ran.records.items()}), (Info(losses, outputs), ran.state)  # pyright: ignore[reportArgumentType]
 
         (loss, seen), back, (info, state) = jax.vjp(cut_run, free, has_aux=True)
-        cotangents = {site: at_taps[site].to(self.taps[site].axes).astype(z.dtype) for site, z in seen.items()}
+        cotangents = {site: credits[site].to(self.taps[site].axes).astype(z.dtype) for site, z in seen.items()}
         (grads,) = back((jnp.ones_like(loss), cotangents))
-        flat = leaf_paths(self.params)
-        for path, c in estimated.items():
-            grads[path] = c.value.astype(flat[path].dtype)
+        grads |= {path: jnp.zeros_like(flat[path]) for path in leave}
         return Estimate(loss, with_leaves(self.params, grads), info), state
+
+    def with_estimated(self, grads: Any, credits: Mapping[str, Named]) -> Any:
+        """The gradients with those of weight sites put in."""
+        flat = leaf_paths(self.params)
+        paths = {_leaf_path(*site.split("#", 1)): c for site, c in credits.items()}
+        return with_leaves(grads, {path: c.value.astype(flat[path].dtype) for path, c in paths.items()})
+
+
+def directions(part: Part, key: jax.Array, state: Any, view: View) -> dict[str, Named]:
+    """What the part's guess proposes, with a leading draw axis, as constants."""
+    assert part.guess is not None
+    proposed = part.guess.propose(key, state, view)
+    return {site: _drawn(jax.lax.stop_gradient(direction), part.draws) for site, direction in proposed.items()}
 
 
 def _drawn(direction: Named, draws: int) -> Named:

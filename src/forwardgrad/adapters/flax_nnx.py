@@ -26,13 +26,14 @@ def block(
     readout: Readout | None = None,
     weights: Mapping[str, tuple[str, ...]] | None = None,
     detached: bool = False,
+    code: Any = None,
 ) -> Block:
     """A block whose layers are an NNX module called on the hidden state.
 
     Args:
       name: of the block.
       make: builds the module from random streams; called once abstractly, and once per `init`.
-      readout, weights, detached: as in `Block`. Leaf paths are attribute names: `"group/kernel"`.
+      readout, weights, detached, code: as in `Block`. Leaf paths are attribute names: `"group/kernel"`.
 
     The module's `train()` or `eval()` mode is set on each call, so that BatchNorm uses batch or running statistics; its updated statistics come
     out as the block's state.
@@ -58,4 +59,4 @@ def block(
         _, params, rest = _split(make(nnx.Rngs(key)))
         return params, rest
 
-    return Block(name, apply, readout, init, weights, detached)
+    return Block(name, apply, readout, init, weights, detached, code)

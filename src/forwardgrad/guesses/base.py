@@ -20,7 +20,7 @@ class Site(NamedTuple):
       noise_axes, noise_shape: of its displacement.
       dtype: of both.
       kind: "tap" or "weight".
-      block: position of its block; enters the noise key.
+      block: number of its block in the network, possibly a traced integer; enters the noise key.
       name: within its block.
     """
 
@@ -30,7 +30,7 @@ class Site(NamedTuple):
     noise_shape: tuple[int, ...]
     dtype: Any
     kind: str
-    block: int
+    block: int | jax.Array
     name: str
 
     def key(self, key: jax.Array) -> jax.Array:
@@ -44,11 +44,11 @@ class View(NamedTuple):
     Attributes:
       sites: `{site: Site}` that the part displaces.
       taps: `{tap: Named}` activations of all taps of the scope.
-      outputs: of the scope's last readout.
+      outputs: of the scope's last readout; it and `error` are `None` where a sitewise guess is asked block by block.
       error: derivative of the scope's last loss with respect to `outputs`; contains the example weights.
       readouts: `{block: readout}` of all blocks of the scope that have one; the last is the one of `outputs`.
       params: of the scope's blocks.
-      batch: `inputs` (of the whole network), `labels`, `weight`, `index` (global numbers of the examples).
+      batch: `inputs` (of the network, or of the block where blocks are streamed), `labels`, `weight`, `index` (global numbers of the examples).
       partition: axes of the loss that stay apart.
       draws: how many directions are wanted.
       forward: `(params, visit, greedy=False) -> (loss, records)`, the scope's loss under another visitor or other parameters. With
@@ -92,6 +92,8 @@ class Guess(NamedTuple):
       mask: of a masked guess, `activation -> 0 or 1`, so that checks can verify it.
       isotropic: E[u uᵀ] = I as a direction (on the units that the mask leaves), which the unbiased rule needs; False for guided guesses,
         whose directions depend on the data.
+      sitewise: a site's direction depends on the key, the site and its own activation alone, so that it can be drawn again where it is
+        needed instead of being kept.
     """
 
     propose: Callable[[jax.Array, Any, View], Mapping[str, Named]]
@@ -101,3 +103,4 @@ class Guess(NamedTuple):
     name: str = "guess"
     mask: Callable[[jax.Array], jax.Array] | None = None
     isotropic: bool = True
+    sitewise: bool = False

@@ -22,9 +22,6 @@ def ntk(*, redraw: bool = True) -> Guess:
     """
 
     def readouts(key: jax.Array, view: View) -> dict[str, Any]:
-        key = jax.random.fold_in(
-            key, min(site.block for site in view.sites.values())
-        )  # scopes share the key of the step
         drawn = {
             name: readout.init(jax.random.fold_in(key, i)) for i, (name, readout) in enumerate(view.readouts.items())
         }

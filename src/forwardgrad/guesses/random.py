@@ -40,7 +40,11 @@ def independent(draw: Draw, name: str) -> Guess:
         value = jax.vmap(draw_one)(jnp.arange(view.draws))
         return Named(value, ("draw", *(("batch",) if apart else ()), *rest))
 
-    return Guess(lambda key, state, view: {name: one(key, site, view) for name, site in view.sites.items()}, name=name)
+    return Guess(
+        lambda key, state, view: {name: one(key, site, view) for name, site in view.sites.items()},
+        name=name,
+        sitewise=True,
+    )
 
 
 def gaussian() -> Guess:

@@ -77,6 +77,7 @@ class LocalMixer:
                     make,
                     readout=heads.replicated(self.channels, classes, initializer),
                     weights=weight_axes(self, i == 0),
+                    code=("mixer", self, classes) if i else None,
                 )
             )
         final = (lambda key, shape: jnp.zeros(shape)) if self.zero_classifier else initializer

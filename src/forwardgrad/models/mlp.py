@@ -75,6 +75,7 @@ class MLP:
                     lambda rngs, inputs=inputs, units=units: Layer(self, inputs, units, rngs),
                     readout=heads.linear(units, classes, jax.nn.initializers.lecun_normal()),
                     weights=weights,
+                    code=("layer", self, units, classes) if i and inputs == units else None,
                 )
             )
         return Network(tuple(blocks))
