@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -13,35 +12,54 @@ from flax import nnx
 EPSILON = 1e-5
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def normalise(x: jax.Array, axes: tuple[int, ...] = (-1,)) -> jax.Array:
-    """(x - mean) / sqrt(variance + 1e-5) over `axes`.
+    """(x - mean) / sqrt(variance + 1e-5) over the last axes.
 
     The Jacobian J = r (1 - 1 1ᵀ/n - y yᵀ/n), r = 1/sqrt(variance + 1e-5), is symmetric, so that one formula is the rule of both modes:
     J v = r (v - mean(v) - y mean(y v)).
 
     Args:
       x: any shape.
-      axes: axes normalised over, as a tuple.
+      axes: axes normalised over: the last one, or several up to the last.
 
     Returns:
       The same shape.
     """
-    return _normalised(x, axes)[0]
+    first = min(a % x.ndim for a in axes)
+    if len(axes) != x.ndim - first:
+        raise ValueError(f"normalise takes the last axes, not {axes} of {x.ndim}.")
+    return _normalise(x.reshape(*x.shape[:first], -1)).reshape(x.shape)
 
 
-def _normalised(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    mean = x.mean(axes, keepdims=True)
-    variance = jnp.maximum(jnp.square(x).mean(axes, keepdims=True) - jnp.square(mean), 0)
-    scale = jax.lax.rsqrt(variance + EPSILON)
+@jax.custom_jvp
+def _normalise(x: jax.Array) -> jax.Array:
+    return _normalised(x)[0]
+
+
+def _normalised(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    mean = _mean(x)
+    scale = jax.lax.rsqrt(jnp.maximum(_mean(jnp.square(x)) - jnp.square(mean), 0) + EPSILON)
     return (x - mean) * scale, scale
 
 
-@normalise.defjvp
-def _normalise_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+@_normalise.defjvp
+def _normalise_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     (x,), (v,) = primals, tangents
-    y, scale = _normalised(x, axes)
-    return y, scale * (v - v.mean(axes, keepdims=True) - y * (y * v).mean(axes, keepdims=True))
+    y, scale = _normalised(x)
+    return y, scale * (v - _spread(_mean(v), v) - y * _spread(_mean(y * v), v))
+
+
+# Means over the last axis and their way back as products with ones: XLA's reductions on a CPU compute what they reduce one element at a time,
+# and transposing a broadcast would bring such a reduction back.
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    n = x.shape[-1]
+    return jnp.matmul(x, jnp.full((n, 1), 1 / n, x.dtype), precision=jax.lax.Precision.HIGHEST)
+
+
+def _spread(mean: jax.Array, like: jax.Array) -> jax.Array:
+    return jnp.matmul(mean, jnp.ones((1, like.shape[-1]), like.dtype), precision=jax.lax.Precision.HIGHEST)
 
 
 class Norm(nnx.Module):

@@ -61,6 +61,9 @@ class Experiment(Generic[M]):
     """pad training images by this many pixels and crop at random"""
     microbatch: int = 0
     """examples worked on at a time, a divisor of the batch size; 0: the whole batch. Changes time and memory, not the result"""
+    executor: Literal["auto", "whole", "streamed"] = "auto"
+    """run the network as a whole, or one block at a time with memory that does not grow with depth; the result is the same. auto: streamed
+    where that costs no time"""
     seed: int = 0
     """of initial weights, batches, noise and augmentation"""
     validation: int = 0
@@ -84,7 +87,9 @@ class Experiment(Generic[M]):
         }
         taken = inspect.signature(recipe.build).parameters
         method = recipe(network, **{name: value for name, value in options.items() if name in taken})
-        return dataclasses.replace(method, allow_bias=self.allow_bias, microbatch=self.microbatch or None)
+        return dataclasses.replace(
+            method, allow_bias=self.allow_bias, microbatch=self.microbatch or None, executor=self.executor
+        )
 
     def check(self) -> None:
         """Refuse values that cannot train.

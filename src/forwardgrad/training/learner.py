@@ -13,6 +13,7 @@ import numpy as np
 
 from forwardgrad import checks
 from forwardgrad.data import Arrays, augment, batches
+from forwardgrad.parts import Carry
 from forwardgrad.presets.experiment import Experiment
 from forwardgrad.training.optimisers import optimiser
 
@@ -122,34 +123,35 @@ class Learner:
         self, state: TrainState, key: jax.Array, images: jax.Array, labels: jax.Array, indices: jax.Array, count: int
     ) -> Any:
         """One compiled loop for any number of steps, so that where a run was interrupted changes no bit."""
+        batch = lambda step, i: self._batch(key, step, images[indices[i]], labels[indices[i]])
+        method_state = state.method_state
+        carry = Carry(state.params, state.model_state, state.opt_state, method_state)
+        packed = self.method.pack(carry, batch(state.step, 0)[1])
 
-        def body(i: jax.Array, carry: tuple[TrainState, jax.Array]) -> tuple[TrainState, jax.Array]:
-            state, log = carry
-            state, entry = self._step(state, key, images[indices[i]], labels[indices[i]])
-            return state, log.at[:, i].set(entry)
+        def body(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            packed, step, sums, log = carry
+            noise, examples = batch(step, i)
+            packed, target, info = self.method.step(noise, packed, examples, self.optimiser.update)
+            wrong = (info.outputs.to(("batch", "class")).argmax(1) != examples["labels"]).mean()
+            loss = info.losses[self.network.blocks[-1].name]
+            sums = jnp.where(step % self.steps_per_epoch == 0, 0, sums) + jnp.stack([loss, wrong, jnp.ones(())])
+            return packed, step + 1, sums, log.at[:, i].set(jnp.stack([loss, wrong, target]))
 
-        return jax.lax.fori_loop(0, count, body, (state, jnp.zeros((3, self.longest_dispatch))))
+        log = jnp.zeros((3, self.longest_dispatch))
+        packed, step, sums, log = jax.lax.fori_loop(0, count, body, (packed, state.step, state.sums, log))
+        params, model_state, opt_state, method_state = self.method.unpack(packed, method_state)
+        return TrainState(params, model_state, opt_state, method_state, step, sums), log
 
-    def _step(
-        self, state: TrainState, key: jax.Array, images: jax.Array, labels: jax.Array
-    ) -> tuple[TrainState, jax.Array]:
-        noise, flip, crop = jax.random.split(jax.random.fold_in(key, state.step), 3)
+    def _batch(
+        self, key: jax.Array, step: jax.Array, images: jax.Array, labels: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The step's noise key, and its images augmented and normalised."""
+        noise, flip, crop = jax.random.split(jax.random.fold_in(key, step), 3)
         if self.experiment.crop:
             images = augment.pad_and_crop(crop, images, self.experiment.crop)
         if self.experiment.flip:
             images = augment.flip(flip, images)
-        batch = {"inputs": self.arrays.normalise(images), "labels": labels}
-        estimate, method_state, model_state = self.method.estimate(
-            noise, state.method_state, state.params, state.model_state, batch
-        )
-        updates, opt_state = self.optimiser.update(estimate.grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p + u, state.params, updates)
-        wrong = (estimate.info.outputs.to(("batch", "class")).argmax(1) != labels).mean()
-        loss = estimate.info.losses[self.network.blocks[-1].name]
-        first = state.step % self.steps_per_epoch == 0
-        sums = jnp.where(first, 0, state.sums) + jnp.stack([loss, wrong, jnp.ones(())])
-        state = TrainState(params, model_state, opt_state, method_state, state.step + 1, sums)
-        return state, jnp.stack([loss, wrong, estimate.loss])
+        return noise, {"inputs": self.arrays.normalise(images), "labels": labels}
 
     def _errors(
         self, params: Any, model_state: Any, images: jax.Array, labels: jax.Array, indices: jax.Array, weight: jax.Array

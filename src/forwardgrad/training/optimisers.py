@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import optax
 
 from forwardgrad.network import Network
+from forwardgrad.parts import Update
 from forwardgrad.presets.experiment import Experiment
 
 
@@ -34,25 +36,38 @@ def _is_weight(path: tuple[Any, ...]) -> bool:
     return jax.tree_util.keystr(path[-1:], simple=True) not in ("bias", "scale")
 
 
-def optimiser(experiment: Experiment, network: Network, steps_per_epoch: int) -> optax.GradientTransformation:
+class Optimiser(NamedTuple):
+    """One optimiser per block, so that a block can be updated before the next one is worked on.
+
+    Attributes:
+      init: `params -> opt_state`, both dicts by block.
+      update: `(block, gradients, opt_state, params) -> (params, opt_state)`, all of one block.
+    """
+
+    init: Callable[[Mapping[str, Any]], dict[str, Any]]
+    update: Update
+
+
+def optimiser(experiment: Experiment, network: Network, steps_per_epoch: int) -> Optimiser:
     """The final classifier's factor, then coupled weight decay on weights (not biases or gains), then SGD with momentum or Adam.
 
     Momentum is v <- m v + g, w <- w - lr v.
     """
-    last = network.blocks[-1].name
-
-    def classifier(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: jax.tree_util.keystr(path[:2], simple=True, separator="/") == f"{last}/readout", params
-        )
-
     rate = schedule(experiment, steps_per_epoch)
     base = optax.sgd(rate, experiment.momentum or None) if experiment.optimizer == "sgd" else optax.adam(rate)
-    return optax.chain(
-        optax.masked(optax.scale(experiment.classifier_lr), classifier),
-        optax.add_decayed_weights(
-            experiment.weight_decay,
-            lambda params: jax.tree_util.tree_map_with_path(lambda path, _: _is_weight(path), params),
-        ),
-        base,
-    )
+    weights = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: _is_weight(path), params)
+    plain = optax.chain(optax.add_decayed_weights(experiment.weight_decay, weights), base)
+    readout = lambda params: {
+        name: jax.tree.map(lambda _, name=name: name == "readout", x) for name, x in params.items()
+    }
+    classifier = optax.chain(optax.masked(optax.scale(experiment.classifier_lr), readout), plain)
+    last = network.blocks[-1].name
+
+    def update(block: str, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+        updates, opt_state = (classifier if block == last else plain).update(grads, opt_state, params)
+        return jax.tree.map(lambda p, u: p + u, params, updates), opt_state
+
+    def init(params: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: (classifier if name == last else plain).init(own) for name, own in params.items()}
+
+    return Optimiser(init, update)
