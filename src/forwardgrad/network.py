@@ -98,6 +98,40 @@ class Network(NamedTuple):
         )
 
 
+def in_precision(network: Network, dtype: Any) -> Network:
+    """The same network with its layers computed in another floating-point type, such as `jnp.bfloat16`.
+
+    Parameters, model state, readouts, losses and gradients stay as they are; activations, their tangents and perturbations have the new type.
+    """
+
+    def cast(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+    def layers(block: Block) -> Callable:
+        def apply(params: Any, state: Any, h: Any, train: bool) -> tuple[Any, Any]:
+            h, new = block.apply(cast(params), state, cast(h), train)
+            return cast(h), jax.tree.map(lambda x, old: x.astype(old.dtype), new, state)
+
+        return apply
+
+    def readout(block: Block) -> Readout | None:
+        own = block.readout
+        if own is None:
+            return None
+        like = lambda params, h: jax.tree.map(lambda x: x.astype(_widest(params)), h)
+        outputs = lambda params, h: own.outputs(params, like(params, h))
+        cells = own.cells
+        wide = None if cells is None else lambda params, h, batch: cells(params, like(params, h), batch)
+        return own._replace(outputs=outputs, cells=wide)
+
+    return Network(tuple(b._replace(apply=layers(b), readout=readout(b)) for b in network.blocks))
+
+
+def _widest(params: Any) -> Any:
+    leaves = jax.tree.leaves(params)
+    return jnp.result_type(*leaves) if leaves else jnp.float32
+
+
 def leaf_paths(tree: Any) -> dict[str, Any]:
     """`{"path/to/leaf": leaf}` of a pytree; a `Named` is one leaf."""
     flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, Named))[0]

@@ -30,11 +30,14 @@ class Recipe:
       name: on the command line.
       build: the function below.
       cite: keys of `forwardgrad.cite`.
+      passes: from the number of draws to the matrix products of a step, in units of a forward pass: what "Cost" states, where a tangent that
+        moves weights and activations takes two, and a backward pass one each for weights and activations.
     """
 
     name: str
     build: Callable[..., Estimator]
     cite: tuple[str, ...]
+    passes: Callable[[int], int]
 
     def __call__(self, network: Network, **options) -> Estimator:
         return dataclasses.replace(self.build(network, **options), name=self.name)
@@ -45,9 +48,9 @@ class Recipe:
         return (self.build.__doc__ or "").strip().splitlines()[0]
 
 
-def _recipe(*cite: str) -> Callable[[Callable[..., Estimator]], Recipe]:
+def _recipe(*cite: str, passes: Callable[[int], int]) -> Callable[[Callable[..., Estimator]], Recipe]:
     def wrap(build: Callable[..., Estimator]) -> Recipe:
-        recipe = Recipe(build.__name__.strip("_").replace("_", "-"), build, cite)
+        recipe = Recipe(build.__name__.strip("_").replace("_", "-"), build, cite, passes)
         object.__setattr__(recipe, "__doc__", build.__doc__)
         return recipe
 
@@ -71,7 +74,7 @@ def find(name: str) -> Recipe:
     raise unknown("method", name, names())
 
 
-@_recipe("rumelhart1986")
+@_recipe("rumelhart1986", passes=lambda draws: 3)
 def bp(network: Network) -> Estimator:
     """Backpropagation of the final loss: the exact gradient. Local heads, where there are any, get none.
 
@@ -80,7 +83,7 @@ def bp(network: Network) -> Estimator:
     return Estimator(network, targets.global_loss())
 
 
-@_recipe("rumelhart1986", "chen2016")
+@_recipe("rumelhart1986", "chen2016", passes=lambda draws: 4)
 def bp_checkpointed(network: Network) -> Estimator:
     """Backpropagation that stores block inputs only and computes each block again on the way back: the same gradient.
 
@@ -89,7 +92,7 @@ def bp_checkpointed(network: Network) -> Estimator:
     return Estimator(network.checkpointed(), targets.global_loss())
 
 
-@_recipe("ren2023")
+@_recipe("ren2023", passes=lambda draws: 3)
 def l_bp(network: Network) -> Estimator:
     """Backpropagation of the sum of all blocks' local losses, end to end (Ren et al. 2023, section 6).
 
@@ -99,7 +102,7 @@ def l_bp(network: Network) -> Estimator:
     return Estimator(network, targets.local(cut=False))
 
 
-@_recipe("ren2023", "belilovsky2019")
+@_recipe("ren2023", "belilovsky2019", passes=lambda draws: 3)
 def lg_bp(network: Network) -> Estimator:
     """Local greedy backpropagation: each block by the exact gradient of its own loss (Belilovsky et al. 2019; Ren et al. 2023).
 
@@ -108,7 +111,7 @@ def lg_bp(network: Network) -> Estimator:
     return Estimator(network, targets.local())
 
 
-@_recipe("baydin2022")
+@_recipe("baydin2022", passes=lambda draws: 1 + 2 * draws)
 def fg_w(network: Network, *, guess: Guess | None = None, draws: int = 1) -> Estimator:
     """Forward gradient by weight perturbation: ĝ = <∇L, v> v, one direction v for all weights and the whole batch (Baydin et al. 2022).
 
@@ -124,7 +127,7 @@ def fg_w(network: Network, *, guess: Guess | None = None, draws: int = 1) -> Est
     )
 
 
-@_recipe("ren2023", "lecun1988")
+@_recipe("ren2023", "lecun1988", passes=lambda draws: 2 + draws)
 def fg_a(
     network: Network, *, guess: Guess | None = None, draws: int = 1, mask: bool = False, released_scale: bool = False
 ) -> Estimator:
@@ -149,7 +152,7 @@ def fg_a(
     )
 
 
-@_recipe("ren2023")
+@_recipe("ren2023", passes=lambda draws: 1 + 2 * draws)
 def lg_fg_w(network: Network, *, guess: Guess | None = None, draws: int = 1) -> Estimator:
     """Local greedy weight perturbation: each block, and in it each group of units, by its own loss (Ren et al. 2023, section 4).
 
@@ -168,7 +171,7 @@ def lg_fg_w(network: Network, *, guess: Guess | None = None, draws: int = 1) -> 
     )
 
 
-@_recipe("ren2023")
+@_recipe("ren2023", passes=lambda draws: 2 + draws)
 def lg_fg_a(network: Network, *, guess: Guess | None = None, draws: int = 1, mask: bool = False) -> Estimator:
     """Local greedy activity perturbation: each unit by the loss of its own block, example, patch and group (Ren et al. 2023, section 4).
 
@@ -191,7 +194,7 @@ def lg_fg_a(network: Network, *, guess: Guess | None = None, draws: int = 1, mas
     )
 
 
-@_recipe("jabri1992")
+@_recipe("jabri1992", passes=lambda draws: 1 + draws)
 def wp(network: Network, *, guess: Guess | None = None, draws: int = 1, epsilon: float = 1e-3) -> Estimator:
     """Classical weight perturbation: `fg-w` with the finite difference (L(w + εv) - L(w)) / ε (Jabri & Flower 1992).
 
@@ -207,7 +210,7 @@ def wp(network: Network, *, guess: Guess | None = None, draws: int = 1, epsilon:
     )
 
 
-@_recipe("lecun1988", "widrow1990")
+@_recipe("lecun1988", "widrow1990", passes=lambda draws: 2 + draws)
 def np_(
     network: Network, *, guess: Guess | None = None, draws: int = 1, mask: bool = False, epsilon: float = 1e-3
 ) -> Estimator:
@@ -227,7 +230,7 @@ def np_(
     )
 
 
-@_recipe("nokland2016")
+@_recipe("nokland2016", passes=lambda draws: 2)
 def dfa(network: Network, *, mask: bool = True) -> Estimator:
     """Direct feedback alignment: the output error through a fixed random matrix is each layer's credit, δ_l = e B_l (Nøkland 2016).
 
@@ -241,7 +244,7 @@ def dfa(network: Network, *, mask: bool = True) -> Estimator:
     return Estimator(network, targets.global_loss(), (part,))
 
 
-@_recipe("bacho2023")
+@_recipe("bacho2023", passes=lambda draws: 2 + draws)
 def fdfa(
     network: Network, *, guess: Guess | None = None, alpha: float = 1e-3, draws: int = 1, mask: bool = True
 ) -> Estimator:

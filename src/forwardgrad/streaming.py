@@ -63,9 +63,13 @@ class Packed:
 
 def is_greedy(method: Method) -> bool:
     """Whether every block has its own loss, cut off from the others."""
-    scopes = method.target.scopes(method.network)
-    alone = all(scope.blocks == scope.terms and len(scope.blocks) == 1 for scope in scopes)
-    return alone and method.target.cuts(method.network) == frozenset(range(1, len(method.network.blocks)))
+    scopes, blocks = method.target.scopes(method.network), method.network.blocks
+    own = lambda scope: (
+        len(scope.blocks) == 1 and scope.terms == scope.blocks and scope.name == blocks[scope.blocks[0]].name
+    )
+    return all(own(scope) for scope in scopes) and method.target.cuts(method.network) == frozenset(
+        range(1, len(method.network.blocks))
+    )
 
 
 def why_not(method: Method, params: Any, model_state: Any, batch: Mapping[str, Any]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,7 @@ def run(argv: list[str]) -> int:
         raise InputError(f"--seeds must be at least 1, not {options.seeds}.")
     if options.out is None:
         raise InputError("compare needs a directory for its results: add --out DIR.")
+    from forwardgrad.training import auto
     from forwardgrad.training.learner import Learner
     from forwardgrad.training.loop import load_arrays, train
     from forwardgrad.training.metrics import write_json
@@ -54,7 +54,7 @@ def run(argv: list[str]) -> int:
     for method in methods:
         learner: Learner | None = None  # one compilation serves all seeds of a method
         for seed in range(experiment.seed, experiment.seed + options.seeds):
-            one = dataclasses.replace(experiment, method=method, seed=seed)
+            one = auto.chosen(dataclasses.replace(experiment, method=method, seed=seed), arrays)
             directory = options.out / f"{method}-seed{seed}"
             if not options.quiet:
                 number = f"({len(runs) + 1} of {options.seeds * len(methods)})"
@@ -125,43 +125,33 @@ def _print(rows: list[dict[str, Any]], held_out: str) -> None:
 
 def _draw(out: Path, methods: list[str], runs: list[dict[str, Any]], held_out: str, title: str) -> None:
     """`compare.png`: each method's held-out error over epochs, one thin line per seed, and the final errors."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     from forwardgrad.training.metrics import read
+    from forwardgrad.training.pictures import picture
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", width_ratios=(3, 2))
-    for i, method in enumerate(methods):
-        colour = f"C{i % 10}"
-        mine = [r for r in runs if r["method"] == method]
-        for j, r in enumerate(mine):
-            ends = [line for line in read(out / f"{method}-seed{r['seed']}" / "metrics.jsonl") if held_out in line]
-            left.plot(
-                [e["epoch"] for e in ends],
-                [e[held_out] for e in ends],
-                color=colour,
-                linewidth=1,
-                alpha=0.8,
-                label=method if j == 0 else None,
-            )
-        final = [r[held_out] for r in mine if r[held_out] is not None]
-        if final:
-            right.barh(i, statistics.fmean(final), color=colour, alpha=0.5)
-            right.plot(final, [i] * len(final), "|", color="black", markersize=10)
-            right.annotate(
-                f"{statistics.fmean(final):.2f}", (max(final), i), textcoords="offset points", xytext=(6, -3)
-            )
-    left.set(xlabel="epoch", ylabel=f"{held_out.replace('_', ' ')} (%)", yscale="log")
-    left.legend(frameon=False, fontsize="small")
-    right.set(xlabel=f"final {held_out.replace('_', ' ')} (%)", yticks=range(len(methods)), yticklabels=methods)
-    right.invert_yaxis()
-    right.margins(x=0.15)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
-    temporary = out / f".compare.{os.getpid()}.png"
-    figure.savefig(temporary, dpi=120)
-    plt.close(figure)
-    os.replace(temporary, out / "compare.png")
+    with picture(out / "compare.png", 1, 2, title, widths=(3, 2)) as panels:
+        left, right = panels[0]
+        for i, method in enumerate(methods):
+            colour = f"C{i % 10}"
+            mine = [r for r in runs if r["method"] == method]
+            for j, r in enumerate(mine):
+                ends = [line for line in read(out / f"{method}-seed{r['seed']}" / "metrics.jsonl") if held_out in line]
+                left.plot(
+                    [e["epoch"] for e in ends],
+                    [e[held_out] for e in ends],
+                    color=colour,
+                    linewidth=1,
+                    alpha=0.8,
+                    label=method if j == 0 else None,
+                )
+            final = [r[held_out] for r in mine if r[held_out] is not None]
+            if final:
+                right.barh(i, statistics.fmean(final), color=colour, alpha=0.5)
+                right.plot(final, [i] * len(final), "|", color="black", markersize=10)
+                right.annotate(
+                    f"{statistics.fmean(final):.2f}", (max(final), i), textcoords="offset points", xytext=(6, -3)
+                )
+        left.set(xlabel="epoch", ylabel=f"{held_out.replace('_', ' ')} (%)", yscale="log")
+        left.legend(frameon=False, fontsize="small", ncols=2)
+        right.set(xlabel=f"final {held_out.replace('_', ' ')} (%)", yticks=range(len(methods)), yticklabels=methods)
+        right.invert_yaxis()
+        right.margins(x=0.15)

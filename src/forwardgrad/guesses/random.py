@@ -22,6 +22,23 @@ def signs(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -
     return (2 * bits.reshape(-1)[:size].astype(dtype) - 1).reshape(shape)
 
 
+def normals(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Independent Gaussians from 16 bits each: the quantiles of N(0, 1) at (k + 1/2) / 2^16, scaled to unit variance exactly.
+
+    Mean 0 and variance 1 without error, fourth moment 2.9993, at most 4.33 standard deviations. Most of the time of `jax.random.normal` goes into
+    its 32 random bits per number.
+    """
+    size = math.prod(shape)
+    words = jax.random.bits(key, (-(-size // 2),), jnp.uint32)
+    numbers = jnp.concatenate([words >> 16, words & 0xFFFF])[:size]
+    x = (numbers.astype(dtype) + 0.5) * 2.0**-15 - 1
+    return (jax.lax.erf_inv(x) * _NORMAL_SCALE).reshape(shape).astype(dtype)
+
+
+# sqrt(2) for the quantile, over the standard deviation of the 2^16 quantiles
+_NORMAL_SCALE = math.sqrt(2) / 0.999989859274874
+
+
 def independent(draw: Draw, name: str) -> Guess:
     """A guess whose entries are independent, from `draw(key, shape, dtype)`."""
 
@@ -52,7 +69,7 @@ def gaussian() -> Guess:
 
     With d = <∇, u> the estimate d u has expectation ∇ and, in D dimensions, total variance (D + 1)|∇|².
     """
-    return independent(lambda key, shape, dtype: jax.random.normal(key, shape, dtype), "gaussian")
+    return independent(normals, "gaussian")
 
 
 def rademacher() -> Guess:

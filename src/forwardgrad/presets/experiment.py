@@ -10,7 +10,7 @@ from forwardgrad import models, recipes
 from forwardgrad.engine import Estimator
 from forwardgrad.errors import InputError, unknown
 from forwardgrad.guesses import random
-from forwardgrad.network import Network
+from forwardgrad.network import Network, in_precision
 
 M = TypeVar("M")
 
@@ -59,8 +59,11 @@ class Experiment(Generic[M]):
     """flip training images left to right at random"""
     crop: int = 0
     """pad training images by this many pixels and crop at random"""
-    microbatch: int = 0
-    """examples worked on at a time, a divisor of the batch size; 0: the whole batch. Changes time and memory, not the result"""
+    microbatch: int | Literal["auto"] = 0
+    """examples worked on at a time, a divisor of the batch size; 0: the whole batch; auto: the fastest, measured once for this machine and
+    remembered. Changes time and memory, not the result"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """of activations, their tangents and perturbations; parameters, losses and gradients are float32"""
     executor: Literal["auto", "whole", "streamed"] = "auto"
     """run the network as a whole, or one block at a time with memory that does not grow with depth; the result is the same. auto: streamed
     where that costs no time"""
@@ -85,10 +88,15 @@ class Experiment(Generic[M]):
             "released_scale": self.released_scale,
             "alpha": self.alpha,
         }
+        if self.precision != "float32":
+            network = in_precision(network, self.precision)
         taken = inspect.signature(recipe.build).parameters
         method = recipe(network, **{name: value for name, value in options.items() if name in taken})
         return dataclasses.replace(
-            method, allow_bias=self.allow_bias, microbatch=self.microbatch or None, executor=self.executor
+            method,
+            allow_bias=self.allow_bias,
+            microbatch=None if self.microbatch == "auto" else self.microbatch or None,
+            executor=self.executor,
         )
 
     def check(self) -> None:
@@ -114,9 +122,9 @@ class Experiment(Generic[M]):
         for name in ("weight_decay", "warmup_epochs", "momentum", "classifier_lr"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"--{name.replace('_', '-')} must not be negative, and is {getattr(self, name)}.")
-        if self.microbatch and self.batch_size % self.microbatch:
+        if self.microbatch != "auto" and self.microbatch and self.batch_size % self.microbatch:
             raise InputError(
-                f"microbatches of {self.microbatch} do not divide a batch of {self.batch_size}: set --microbatch to a divisor, or to 0."
+                f"microbatches of {self.microbatch} do not divide a batch of {self.batch_size}: set --microbatch to a divisor, to 0 or to auto."
             )
         if self.guess not in GUESSES:
             raise unknown("guess", self.guess, GUESSES)

@@ -102,10 +102,12 @@ class Learner:
         few = slice(0, min(4, len(self.arrays.train_images)))
         batch = {"inputs": self.arrays.normalise(self._train[0][few]), "labels": self._train[1][few]}
         if not self._checked:
-            self.method.check(params, model_state, batch)
+            # rounding must not look like a leak
+            exact = dataclasses.replace(self.experiment, precision="float32").estimator(self.network)
+            exact.check(params, model_state, batch)
             self._checked = True
             if self.experiment.allow_bias:
-                self.bias = checks.bias(self.method, params, model_state, batch)
+                self.bias = checks.bias(exact, params, model_state, batch)
         method_state = self._init_method(self._init_keys[1], params, model_state, batch)
         opt_state = self.optimiser.init(params)
         return TrainState(params, model_state, opt_state, method_state, jnp.zeros((), jnp.int32), jnp.zeros(3))

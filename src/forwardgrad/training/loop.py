@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import time
@@ -16,6 +17,7 @@ import numpy as np
 from forwardgrad import data
 from forwardgrad.errors import Diverged, InputError, Interrupted
 from forwardgrad.presets.experiment import Experiment
+from forwardgrad.training import auto
 from forwardgrad.training.checkpoint import Checkpoints
 from forwardgrad.training.learner import Learner, StepLog, TrainState
 from forwardgrad.training.metrics import Metrics, draw_curves, write_json
@@ -64,8 +66,15 @@ def train(
       Interrupted: after a signal, with a checkpoint written.
     """
     experiment.check()
-    learner = learner or Learner(experiment, load_arrays(experiment, data_dir, offline))
     refuse_other_run(directory, experiment, resume)
+    if learner is None:
+        arrays = load_arrays(experiment, data_dir, offline)
+        if resume and experiment.microbatch == "auto" and (directory / "config.json").exists():
+            # the size that the run began with: another one rounds differently
+            started = read_config(directory)["experiment"]["microbatch"]
+            experiment = dataclasses.replace(experiment, microbatch=started)
+        experiment = auto.chosen(experiment, arrays)
+        learner = Learner(experiment, arrays)
     state = learner.init()
     claim(directory, experiment, preset, learner.arrays)
     checkpoints = Checkpoints(directory, keep)
@@ -194,7 +203,8 @@ def refuse_other_run(directory: Path, experiment: Experiment, resume: bool) -> N
             )
         there = read_config(directory)["experiment"]
         here = json.loads(json.dumps(experiment.to_json()))
-        different = sorted(k for k in {*there, *here} if there.get(k) != here.get(k))
+        how = {"microbatch", "executor"}  # these change no result
+        different = sorted(k for k in {*there, *here} - how if there.get(k) != here.get(k))
         if different:
             listed = ", ".join(f"{k} ({there.get(k)} there, {here.get(k)} here)" for k in different)
             raise InputError(

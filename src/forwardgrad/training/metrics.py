@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from forwardgrad.training.pictures import picture
+
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file so that a reader sees the old file or the new one, never a part."""
@@ -64,15 +66,15 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def draw_curves(directory: Path, title: str) -> None:
     """`curves.png`: the training loss, and training and test error, over epochs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     lines = read(directory / "metrics.jsonl")
     if not lines:
         return
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    with picture(directory / "curves.png", 1, 2, title) as panels:
+        left, right = panels[0]
+        _draw_lines(left, right, lines)
+
+
+def _draw_lines(left: Any, right: Any, lines: list[dict[str, Any]]) -> None:
     epochs = [line["epoch"] for line in lines]
     left.plot(epochs, [line["loss"] for line in lines], color="tab:blue", linewidth=1)
     left.set(xlabel="epoch", ylabel="training loss (nats)", yscale="log")
@@ -94,10 +96,3 @@ def draw_curves(directory: Path, title: str) -> None:
         )
     right.set(xlabel="epoch", ylabel="error (%)", ylim=(0, None))
     right.legend(frameon=False)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
-    temporary = directory / f".curves.{os.getpid()}.png"
-    figure.savefig(temporary, dpi=120)
-    plt.close(figure)
-    os.replace(temporary, directory / "curves.png")

@@ -1,0 +1,1 @@
+"""What an estimator costs: time, memory, operations."""
