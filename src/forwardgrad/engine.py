@@ -70,6 +70,7 @@ class Estimator:
         """Refuse what `init` refuses. Needs values: not to be called under `jit`."""
         from forwardgrad import checks
 
+        self.streams(params, model_state, batch)
         if self.microbatch is not None:
             checks.refuse_microbatches(self, params, model_state, batch)
         if not self.allow_bias:

@@ -319,10 +319,11 @@ def _products(jaxpr: Any) -> float:
             kernel = eqn.invars[1].aval
             features = eqn.params["dimension_numbers"].rhs_spec[0]
             total += 2.0 * eqn.outvars[0].aval.size * kernel.size / kernel.shape[features]
+        times = eqn.params.get("length", 1)  # of a scan
         for value in eqn.params.values():
             inner_jaxpr = getattr(value, "jaxpr", value)
             if hasattr(inner_jaxpr, "eqns"):
-                total += _products(inner_jaxpr)
+                total += times * _products(inner_jaxpr)
     return total
 
 
