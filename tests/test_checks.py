@@ -209,3 +209,86 @@ def test_the_mask_is_checked_tap_by_tap():
     assert not checks.mask_is_exact(masked("grp"), params, state, batch), "a softplus is above"
     with pytest.raises(fg.InputError, match=r"'b0/grp'.*mask=False"):
         masked(None).init(jax.random.key(0), params, state, batch)
+
+
+@pytest.mark.parametrize("name", ["dfa", "fdfa"])
+def test_the_mask_of_a_prediction_is_checked_where_nothing_is_measured(name):
+    def init(activation, mask):
+        network = MLP(hidden=(4,), activation=activation).network((3, 1, 1), classes=3)
+        batch = {"inputs": jax.random.normal(jax.random.key(1), (4, 3, 1, 1)), "labels": jnp.arange(4) % 3}
+        fg.recipes.find(name)(network, mask=mask).init(jax.random.key(2), *network.init(jax.random.key(0)), batch)
+
+    init("relu", mask=True)
+    init("tanh", mask=False)
+    with pytest.raises(fg.InputError, match=rf"^{name}.*'layer0/input'.*a unit that its mask leaves out.*mask=False"):
+        init("tanh", mask=True)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "expected"),
+    [(method(normalised(), partition=("batch",)), {("only/z", "batch")}), (method(mixer(1)), set())],
+    ids=["leaking", "sound"],
+)
+def test_a_classifier_that_starts_at_zero_hides_no_leak_and_is_none(estimator, expected):
+    """No loss has a derivative there, whether it leaks or not: the checks look a little off the given parameters."""
+    params, state = estimator.network.init(jax.random.key(4))
+    (name,) = params
+    params = {name: {**params[name], "readout": jax.tree.map(jnp.zeros_like, params[name]["readout"])}}
+    given = params, state, problem()[2]
+    grads = jax.jit(lambda: once(fg.recipes.bp(estimator.network), *given).grads)()[name]["layers"]
+    assert distance(grads, jax.tree.map(jnp.zeros_like, grads)) == 0
+    assert leaks(estimator, *given) == expected
+
+
+def sliced(mix):
+    """A block of `mix` on [batch, slice], where loss cells are slices as well."""
+    apply = lambda p, s, h, train: (mix(h * p["w"]), s)
+    outputs, loss = lambda p, h: fg.Named(h, ("batch", "slice")), lambda out, batch: fg.Named(out.value**2, out.axes)
+    return fg.Network((fg.Block("only", apply, fg.Readout(outputs, loss)),))
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8])
+def test_every_pair_of_slices_is_seen(n):
+    """Tap "ij" couples slice i to slice j and nothing else; "ii" couples none."""
+
+    def pairs(z):
+        numbered = [(i, j, fg.tap(z, f"{i}{j}", "batch slice")) for i in range(n) for j in range(n)]
+        return sum(own.at[:, j].add(own[:, i]) for i, j, own in numbered)
+
+    given = {"only": {"layers": {"w": jnp.ones(n)}, "readout": ()}}, {"only": ()}, {"inputs": jnp.ones((2, n))}
+    estimator = method(sliced(pairs), partition=("batch", "slice"))
+    assert leaks(estimator, *given) == {(f"only/{i}{j}", "slice") for i in range(n) for j in range(n) if i != j}
+    for way in (1, -1):
+        sums = sliced(lambda z, way=way: jnp.cumsum(fg.tap(z, "z", "batch slice")[:, ::way], 1)[:, ::way])
+        with pytest.raises(fg.InputError, match="'only/z': a displacement in one slice along 'slice' changes the loss"):
+            method(sums, partition=("batch", "slice")).init(jax.random.key(0), *given)
+
+
+def test_cells_that_lack_an_axis_are_no_leak():
+    """One block's loss has cells per example alone: its slices along the others share them, and the estimate stays unbiased."""
+    network = mixer(2)
+    coarse = lambda cells: lambda *args: cells(*args).sum_to(("batch",))
+    readout = network.blocks[1].readout
+    last = network.blocks[1]._replace(readout=readout._replace(loss=coarse(readout.loss)))
+    mixed = fg.Network((network.blocks[0], last))
+    method = fg.estimator(
+        mixed,
+        target=fg.local(),
+        guess=fg.rademacher(),
+        insertion=fg.activations(),
+        partition=("batch", "patch", "group"),
+    )
+    assert checks.separable(method, *problem(2)) == []
+
+
+def test_a_predictors_mask_beside_an_unmasked_guess_is_no_claim():
+    network = mixer(1, activation=jnp.tanh)
+    method = fg.estimator(
+        network,
+        target=fg.local(),
+        guess=fg.rademacher(),
+        insertion=fg.activations(only="chan"),
+        partition=("batch", "patch"),
+        predictor=fg.guesses.feedback.direct_feedback(mask=True),
+    )
+    assert checks.mask_is_exact(method, *problem(1))

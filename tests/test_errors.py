@@ -122,6 +122,8 @@ CASES = {
     "one loss for all examples": (lambda: value_along(Named(jnp.ones((4, 3)), ("batch", "#:0"))), "return a vector of losses, not their mean"),
     "microbatch": (lambda: in_pieces(recipes.fg_a(mixer(1)), 2), "microbatches of 2 do not divide a batch of 3: choose a divisor"),
     "microbatch, state": (lambda: in_pieces(recipes.fg_a(edited(init=lambda key: (problem(1)[0]["b0"]["layers"], jnp.ones(1)))), 3), "use the whole batch"),
+    "executor": (lambda: dataclasses.replace(recipes.bp(mixer(1)), executor="fast"), "use auto, whole or streamed"),
+    "streamed": (lambda: dataclasses.replace(recipes.bp(mixer(2)), executor="streamed").check(*problem(2)), r"use the whole executor \(--executor whole\)"),
     "method": (lambda: recipes.find("lg-fga"), "unknown method 'lg-fga': did you mean 'lg-fg-a'"),
     "methods": (lambda: recipes.find("zzzz"), "unknown method 'zzzz': known: bp, bp-checkpointed"),
     "hint": (lambda: (_ for _ in ()).throw(errors.unknown("thing", "a", ["b"], "Look again.")), "known: b. Look again."),

@@ -128,6 +128,31 @@ def test_a_predictor_alone_is_the_credit():
         assert distance(found, gradient("local")) < 1e-12
 
 
+def test_a_predictor_without_a_guess_beside_it_observes_nothing_and_may_learn():
+    seen = []
+    counting = constant()._replace(
+        init=lambda key, view: jnp.zeros(()),
+        observe=lambda state, view, u, du: seen.append((u, du)) or jnp.ones(()),
+        update=lambda state, statistics: state + statistics,
+    )
+    method = fg.Estimator(mixer(), fg.local(), (fg.Part(None, fg.activations(), CELLS, predictor=counting),))
+    start = method.init(jax.random.key(0), *problem())
+    after = jax.jit(method.estimate)(jax.random.key(1), start, *problem())[1]
+    assert jax.tree.leaves(after) == [1, 1], "one for each block"
+    assert seen
+    assert all(pair == ({}, {}) for pair in seen)
+
+
+@pytest.mark.parametrize(
+    "predictor", [constant(), constant(("group",)), feedback.direct_feedback()], ids=lambda p: p.name
+)
+def test_a_prediction_is_masked_with_the_guess_beside_it(predictor):
+    """What a prediction says of units that are off could not be corrected: no direction goes there."""
+    hidden = fg.activations(only=("tok", "chan"))
+    build = lambda u: with_predictor(hidden, CELLS, predictor, fg.masked(u))
+    assert distance(mean(estimates(build, hadamard(), problem(1))), gradient("local", 1)) < 1e-11
+
+
 def test_a_learned_predictor_is_unbiased_at_every_stage_and_its_statistics_sum():
     network = MLP(hidden=(4, 4)).network((3, 1, 1), classes=3)
     params, state = jax.tree.map(lambda x: x.astype("float64"), network.init(jax.random.key(0)))

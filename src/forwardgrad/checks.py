@@ -8,7 +8,6 @@ mixing under a global loss for patches, a wrong name anywhere: the estimate woul
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from forwardgrad import taps
 from forwardgrad.engine import Estimator
 from forwardgrad.errors import InputError
 from forwardgrad.guesses.base import Site
-from forwardgrad.named import Named, contract
+from forwardgrad.named import Named
 from forwardgrad.network import complete
 from forwardgrad.parts import Part
 from forwardgrad.probes import jvp
@@ -75,7 +74,7 @@ def refuse_microbatches(estimator: Estimator, params: Any, model_state: Any, bat
     """
     why = ""
     with jax.ensure_compile_time_eval():
-        arguments = _generic(params, model_state, batch, True)
+        arguments = generic(params, model_state, batch, True)
     step = jax.eval_shape(lambda *a: _outline(estimator, *a), *arguments)
     mixing = [
         part
@@ -121,92 +120,17 @@ def mask_is_exact(
     return all(leak.axis != "mask" for leak in leaks(estimator, params, model_state, batch, shrink=shrink))
 
 
-def bias(
-    estimator: Estimator, params: Any, model_state: Any, batch: Mapping[str, Any], *, shrink: bool = True
-) -> dict[str, float]:
-    """Relative bias of the estimate at each site, |E[ĝ] - ∇| / |∇|, exactly: for runs that accept it (`allow_bias`).
-
-    At parameters a little off the given ones, as all checks. With E[u uᵀ] = I (on the units that a mask leaves) the expected credit of a
-    slice is the gradient of the cells that share its indices; this is compared with the gradient of all cells. Cost: one reverse pass per
-    slice of the partition, on four examples. Parts whose rule is not the unbiased one are left out.
-
-    Returns:
-      `{site: relative bias}`; zero where names hold.
-    """
-    with jax.ensure_compile_time_eval():
-        params, model_state, batch = _generic(params, model_state, batch, shrink)
-    out: dict[str, float] = {}
-    for part in estimator.parts:
-        if part.guess is None or part.rule.name != "unbiased":
-            continue
-        measure = jax.jit(
-            lambda params, model_state, batch, part=part: _biases(estimator, part, params, model_state, batch)
-        )
-        out.update({site: float(x) for site, x in measure(params, model_state, batch).items()})
-    return out
-
-
-def _biases(
-    estimator: Estimator, part: Part, params: Any, model_state: Any, batch: Mapping[str, Any]
-) -> dict[str, jax.Array]:
-    step = Step(estimator.network, estimator.target, params, model_state, batch)
-    sites = step.sites(part)
-    zeros = {name: jnp.zeros(site.shape, site.dtype) for name, site in sites.items()}
-    lengths = {a: n for term in step.terms.values() for a, n in term.cells.sizes.items() if a in part.partition}
-    shared_axes = {name: tuple(a for a in lengths if a in site.axes) for name, site in sites.items()}
-
-    def gradient(mask: Named) -> dict[str, jax.Array]:
-        """Of the cells that `mask` leaves, with respect to every site."""
-
-        def loss(eps: dict[str, jax.Array]) -> jax.Array:
-            terms = step.displaced({name: Named(value, sites[name].axes) for name, value in eps.items()}).terms
-            kept = [contract((), term.cells, _fitting(mask, term.cells.axes)).value for term in terms.values()]
-            return jnp.sum(jnp.stack(kept))
-
-        return jax.grad(loss)(zeros)
-
-    true = gradient(Named(jnp.ones(()), ()))
-    out = {}
-    for shared in dict.fromkeys(shared_axes.values()):
-        shape = tuple(lengths[a] for a in shared)
-        mine = [name for name in sites if shared_axes[name] == shared]
-
-        def add(
-            total: dict[str, jax.Array], i: jax.Array, shared=shared, shape=shape, mine=mine
-        ) -> tuple[dict[str, jax.Array], None]:
-            mask = Named((jnp.arange(math.prod(shape)) == i).reshape(shape).astype(jnp.float32), shared)
-            found = gradient(mask)
-            return {
-                name: total[name] + found[name] * mask.to(sites[name].axes).astype(found[name].dtype) for name in mine
-            }, None
-
-        expected, _ = jax.lax.scan(add, {name: zeros[name] for name in mine}, jnp.arange(math.prod(shape)))
-        for name in mine:
-            if part.guess is not None and part.guess.mask is not None:
-                expected[name] = expected[name] * part.guess.mask(step.taps[name].value)
-            off, size = (jnp.linalg.norm(x.ravel()) for x in (expected[name] - true[name], true[name]))
-            out[name] = jnp.where(off > 0, off / size, 0.0)
-    return out
-
-
-def _fitting(mask: Named, axes: tuple[str, ...]) -> Named:
-    """A mask as far as cells have its axes: cells that lack one feed all of its slices."""
-    lost = tuple(i for i, a in enumerate(mask.axes) if a not in axes)
-    return Named(mask.value.max(lost), tuple(a for a in mask.axes if a in axes))
-
-
 def leaks(estimator: Estimator, params: Any, model_state: Any, batch: Mapping[str, Any], *, shrink: bool) -> list[Leak]:
     """All leaks of all parts. See `separable` and `mask_is_exact`."""
     found = []
     for part in estimator.parts:
         # where the prediction alone is the credit, only its mask says something about the network
         apart = part.guess is not None and part.rule.coefficient is not None
-        masks = [guess.mask for guess in (part.guess, part.predictor) if guess is not None and guess.mask is not None]
-        if apart or masks:
+        credited = part.guess if apart else part.predictor
+        mask = credited.mask if credited is not None else None
+        if apart or mask is not None:
             with jax.ensure_compile_time_eval():
-                found += _leaks_of(
-                    estimator, part, apart, masks[0] if masks else None, *_generic(params, model_state, batch, shrink)
-                )
+                found += _leaks_of(estimator, part, apart, mask, *generic(params, model_state, batch, shrink))
     return found
 
 
@@ -215,20 +139,19 @@ def couples_examples(
 ) -> float:
     """How much the losses of examples differ when each is run alone: largest difference over largest loss. Zero where examples are apart."""
     with jax.ensure_compile_time_eval():
-        arguments = _generic(params, model_state, batch, shrink)
+        arguments = generic(params, model_state, batch, shrink)
 
         @jax.jit
         def difference(params: Any, model_state: Any, batch: Mapping[str, Any]) -> jax.Array:
             step = Step(estimator.network, estimator.target, params, model_state, batch)
             cells = {t: term.cells.value for t, term in step.terms.items()}
-            return jnp.stack(
-                [jnp.abs(_one_by_one(step, t) - x).max() / jnp.abs(x).max() for t, x in cells.items()]
-            ).max()
+            off = {t: jnp.abs(_one_by_one(step, t) - x).max() for t, x in cells.items()}
+            return jnp.stack([jnp.where(d > 0, d / jnp.abs(cells[t]).max(), 0) for t, d in off.items()]).max()
 
         return float(difference(*arguments))
 
 
-def _generic(params: Any, model_state: Any, batch: Mapping[str, Any], shrink: bool) -> tuple[Any, Any, dict[str, Any]]:
+def generic(params: Any, model_state: Any, batch: Mapping[str, Any], shrink: bool) -> tuple[Any, Any, dict[str, Any]]:
     """Values at which nothing is zero by accident: parameters a little off (a classifier that starts at zero has no derivatives), full weights."""
     rng = np.random.default_rng(2)
 
@@ -281,9 +204,10 @@ def _leaks_of(
 
     activations = record(params, model_state, batch)
     found = []
-    if any(site.kind == "weight" and "batch" in site.noise_axes for site in sites.values()):
+    alone = [name for name, site in sites.items() if site.kind == "weight" and "batch" in site.noise_axes]
+    if alone:
         coupling = couples_examples(estimator, params, model_state, batch, shrink=False)
-        found += [Leak(next(iter(sites)), "example", coupling)] if coupling > 1e-4 else []
+        found += [Leak(alone[0], "example", coupling)] if coupling > 1e-4 else []
     axes = [
         a
         for a in part.partition
@@ -306,13 +230,14 @@ def _leaks_of(
         active[name] = jnp.asarray([row == "all" or row in lengths or row == "mask" for row, _ in rows])
     off = {name: 1 - mask(activations[name].value) for name in sites} if mask is not None else {}
     is_mask = jnp.asarray([row == "mask" for row, _ in rows])
+    is_row = {a: jnp.asarray([row == a for row, _ in rows]) for a in axes}
 
     @jax.jit
     def push(params: Any, model_state: Any, batch: Mapping[str, Any], active: dict[str, jax.Array]) -> jax.Array:
         step = Step(estimator.network, estimator.target, params, model_state, batch)
 
-        def one(row: tuple[Any, ...]) -> jax.Array:
-            here, there, active, masked = row
+        def one(case: tuple[Any, ...]) -> jax.Array:
+            here, there, active, masked, row = case
             u = {}
             for name, site in sites.items():
                 names = tuple(_lengths(site))
@@ -327,13 +252,13 @@ def _leaks_of(
             for scope in step.scopes:
                 kept = step.cells(scope, pushed).sum_to(part.partition)
                 value = jnp.abs(kept.value)
-                for a in axes:
-                    if a in kept.axes:
-                        value = value * Named(there[a], (a,)).to(kept.axes)
+                for a in axes:  # along an axis that it lacks all slices share the cells: no claim, nothing to find
+                    own = a in kept.axes
+                    value = value * (Named(there[a], (a,)).to(kept.axes) if own else jnp.where(row[a], 0, 1))
                 largest.append(value.max())
             return jnp.stack(largest)
 
-        return jax.lax.map(one, (here, there, active, is_mask))
+        return jax.lax.map(one, (here, there, active, is_mask, is_row))
 
     def sizes(active: dict[str, jax.Array]) -> np.ndarray:
         """[row, scope], relative to the first row."""

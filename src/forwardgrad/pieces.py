@@ -24,8 +24,10 @@ def in_pieces(
     Raises:
       InputError: `size` does not divide the batch.
     """
+    if size is None:
+        return measure(batch)
     n = len(batch["weight"])
-    if size is None or size == n:
+    if size == n:
         return measure(batch)
     if size < 1 or n % size:
         raise InputError(f"microbatches of {size} do not divide a batch of {n}: choose a divisor.")

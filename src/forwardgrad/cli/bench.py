@@ -114,13 +114,15 @@ def _measure(task: Any, methods: list[str], options: Options, product: Any, cons
             best[method], tried[method] = cost.fastest(one, sizes, 2)
     forwards = {s: cost.forward(cost.with_microbatch(task, s)) for s in sizes}
     with console.status(f"timing {', '.join(wanted)}"):
-        runs: dict[Any, Any] = {m: t.compiled.run for m, t in best.items()}
+        runs: dict[Any, Any] = {m: t.compiled.run for m, t in best.items() if cost.fits(t.compiled)}
         runs |= {("forward", s): f.run for s, f in forwards.items()}
         taken = cost.seconds(runs | {"product": product}, options.repeats)
     forward = min(taken["forward", s] for s in sizes)
     rows = []
     for method in methods:
         one = cost.with_microbatch(tasks[method], best[method].microbatch)
+        mine = taken.get(method)  # None: what would not fit in memory is not run, and its size is XLA's estimate
+        ratio = lambda other, mine=mine: None if mine is None or other is None else mine / other
         with console.status(f"{method}: memory and operations"):
             rows.append(
                 {
@@ -129,17 +131,15 @@ def _measure(task: Any, methods: list[str], options: Options, product: Any, cons
                     "guess": task.experiment.guess,
                     "draws": task.experiment.draws,
                     "precision": task.experiment.precision,
-                    "seconds_per_step": taken[method],
+                    "seconds_per_step": mine,
+                    "fits": mine is not None,
                     "forward_seconds": forward,
                     "product_gflop_per_second": 2 * 8192 * 512 * 512 / 1e9 / taken["product"],
-                    "ratio_to_forward": taken[method] / forward,
-                    **{
-                        f"ratio_to_{r.replace('-', '_')}": taken[method] / taken[r] if r in taken else None
-                        for r in REFERENCES
-                    },
+                    "ratio_to_forward": ratio(forward),
+                    **{f"ratio_to_{r.replace('-', '_')}": ratio(taken.get(r)) for r in REFERENCES},
                     "temp_mib": best[method].compiled.temp_mib,
                     "held_mib": best[method].compiled.held_mib,
-                    "peak_mib": cost.peak_mib(one) if options.peak else None,
+                    "peak_mib": cost.peak_mib(one) if options.peak and mine is not None else None,
                     "gflop": cost.gflop_by_xla(one),
                     "gflop_by_hand": cost.gflop_by_hand(one),
                     "compile_seconds": best[method].compiled.compile_seconds,
@@ -206,7 +206,7 @@ def _draw(out: Path, rows: list[dict[str, Any]], title: str) -> None:
         for row_of_panels, name in zip(panels, varied or [""], strict=True):
             for axes, (key, label) in zip(row_of_panels, measures, strict=True):
                 if not name:
-                    values = [next(r[key] for r in rows if r["method"] == m) for m in methods]
+                    values = [next(r[key] for r in rows if r["method"] == m) or 0.0 for m in methods]
                     axes.barh(methods, values, color=[f"C{i % 10}" for i in range(len(methods))], alpha=0.6)
                     for i, value in enumerate(values):
                         axes.annotate(f"{value:.3g}", (value, i), textcoords="offset points", xytext=(4, -3))
@@ -218,8 +218,8 @@ def _draw(out: Path, rows: list[dict[str, Any]], title: str) -> None:
                     mine = [r for r in rows if r["method"] == method and all(r[o] == first[o] for o in others(name))]
                     mine.sort(key=lambda r: r[name])
                     axes.plot(
-                        [r[name] for r in mine],
-                        [r[key] for r in mine],
+                        [r[name] for r in mine if r[key] is not None],
+                        [r[key] for r in mine if r[key] is not None],
                         "o-",
                         color=f"C{i % 10}",
                         label=method,

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 
 from forwardgrad import recipes
 from forwardgrad.engine import Estimator
-from forwardgrad.errors import InputError
 from forwardgrad.network import Network
 from forwardgrad.parts import Carry
 from forwardgrad.presets.experiment import Experiment
@@ -181,7 +180,7 @@ def with_microbatch(task: Task, size: int) -> Task:
 
 
 class Tried(NamedTuple):
-    """One microbatch size: `seconds` is `None` where it would not fit in memory."""
+    """One microbatch size; `seconds` is `None` where it was not timed: it would not fit in memory, or there was no other."""
 
     microbatch: int
     seconds: float | None
@@ -189,23 +188,14 @@ class Tried(NamedTuple):
 
 
 def fastest(task: Task, sizes: Iterable[int], repeats: int) -> tuple[Tried, list[Tried]]:
-    """The microbatch with the least time, and all that were tried.
-
-    Raises:
-      InputError: the step fits in memory by none of them.
-    """
+    """The microbatch with the least time, and all that were tried. Where none fits in memory, the one that needs least."""
     compiled = {size: step(with_microbatch(task, size)) for size in sizes}
     fitting = {size: c.run for size, c in compiled.items() if fits(c)}
-    taken = seconds(fitting, repeats)
-    tried = [Tried(size, taken.get(size), c) for size, c in compiled.items()]
-    done = [t for t in tried if t.seconds is not None]
-    if not done:
-        least = min(c.total_mib for c in compiled.values())
-        raise InputError(
-            f"a step of {task.experiment.method} needs {least:.0f} MiB and {available_mib():.0f} are free: use a smaller --batch-size, or "
-            "--microbatch."
-        )
-    return min(done, key=lambda t: t.seconds or 0.0), tried
+    taken = seconds(fitting, repeats) if len(fitting) > 1 else {}
+    tried = {size: Tried(size, taken.get(size), c) for size, c in compiled.items()}
+    if fitting:
+        return tried[min(fitting, key=lambda size: taken.get(size, 0.0))], list(tried.values())
+    return min(tried.values(), key=lambda t: t.compiled.total_mib), list(tried.values())
 
 
 def is_streamed(task: Task) -> bool:

@@ -87,6 +87,7 @@ class Guess(NamedTuple):
         `view.draws` (left out: the same direction for every draw). As a *prediction* on the site's axes and any axes of the loss.
       init: `(key, view) -> state`; only shapes of the view may be used.
       observe: `(state, view, u, du) -> statistics` that *sum* over microbatches; `du` holds the tangents `outputs` and `cells`.
+        Both are empty in a part without a guess.
       update: `(state, statistics) -> state`, once per step.
       name: for messages and listings.
       mask: of a masked guess, `activation -> 0 or 1`, so that checks can verify it.

@@ -45,7 +45,15 @@ def chosen(experiment: Experiment[Any], arrays: Arrays) -> Experiment[Any]:
 
 def _measured(task: cost.Task) -> int:
     sizes = [size for size in cost.divisors(task) if size == 0 or _accepted(task, size)]
-    return sizes[0] if len(sizes) == 1 else cost.fastest(task, sizes, repeats=3)[0].microbatch
+    if len(sizes) == 1:
+        return sizes[0]
+    best, _ = cost.fastest(task, sizes, repeats=3)
+    if not cost.fits(best.compiled):
+        raise InputError(
+            f"a step of {task.experiment.method} needs {best.compiled.total_mib:.0f} MiB and {cost.available_mib():.0f} are free: use a smaller "
+            "--batch-size, or --microbatch 1."
+        )
+    return best.microbatch
 
 
 def _accepted(task: cost.Task, size: int) -> bool:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from forwardgrad import checks
+from forwardgrad.bias import bias
 from forwardgrad.data import Arrays, augment, batches
 from forwardgrad.parts import Carry
 from forwardgrad.presets.experiment import Experiment
@@ -50,7 +50,7 @@ class Learner:
       arrays: the data, with the validation images already held out.
 
     Attributes:
-      bias: after `init` with `allow_bias`, the relative bias of the estimate at each site (see `checks.bias`).
+      bias: after `init` with `allow_bias`, the relative bias of the estimate at each site (see `forwardgrad.bias`).
 
     Raises:
       InputError: a model that does not fit the images, a method that does not fit the model, a batch larger than the training set.
@@ -107,7 +107,7 @@ class Learner:
             exact.check(params, model_state, batch)
             self._checked = True
             if self.experiment.allow_bias:
-                self.bias = checks.bias(exact, params, model_state, batch)
+                self.bias = bias(exact, params, model_state, batch)
         method_state = self._init_method(self._init_keys[1], params, model_state, batch)
         opt_state = self.optimiser.init(params)
         return TrainState(params, model_state, opt_state, method_state, jnp.zeros((), jnp.int32), jnp.zeros(3))
