@@ -132,7 +132,9 @@ class Estimator:
 
     def pack(self, carry: Carry, batch: Mapping[str, Any]) -> Carry | streaming.Packed:
         """The form in which `step` wants what it changes; `batch` for its shapes. Pack once, then take many steps."""
-        return streaming.pack(self, carry, batch) if self.streams(carry.params, carry.model_state, batch) else carry
+        packs = self.streams(carry.params, carry.model_state, batch)
+        packs = packs or (self.executor == "auto" and streaming.is_looped(self))
+        return streaming.pack(self, carry, batch) if packs else carry
 
     def unpack(self, packed: Carry | streaming.Packed, state: tuple[Any, ...]) -> Carry:
         """The inverse of `pack`; `state` is the estimator's state before."""

@@ -54,6 +54,7 @@ class Block(NamedTuple):
       detached: a readout only, as Ren et al.'s final classifier: with local targets its loss never reaches the blocks below.
       code: neighbours whose `code` is equal and not `None` compute the same function of parameters of equal shapes, so that the streamed
         executor may compile one of them for all.
+      checkpointed: `apply` computes again on the way back what it does not keep (`Network.checkpointed`).
     """
 
     name: str
@@ -63,6 +64,7 @@ class Block(NamedTuple):
     weights: Mapping[str, tuple[str, ...]] | None = None
     detached: bool = False
     code: Any = None
+    checkpointed: bool = False
 
 
 class Network(NamedTuple):
@@ -93,9 +95,8 @@ class Network(NamedTuple):
 
     def checkpointed(self) -> Network:
         """The same network with `jax.checkpoint` around every block: backpropagation that stores block inputs only."""
-        return Network(
-            tuple(b._replace(apply=jax.checkpoint(b.apply, static_argnums=(3,), prevent_cse=True)) for b in self.blocks)
-        )
+        again = lambda block: jax.checkpoint(block.apply, static_argnums=(3,), prevent_cse=True)
+        return Network(tuple(b._replace(apply=again(b), checkpointed=True) for b in self.blocks))
 
 
 def in_precision(network: Network, dtype: Any) -> Network:
@@ -235,7 +236,7 @@ class Runner:
             )
             records.update({here + name: value for name, value in seen.items()})
             if i in self.terms:
-                terms[i] = self._term(block, params[block.name]["readout"], h, batch)
+                terms[i] = term_of(block, params[block.name]["readout"], h, batch)
         return Ran(terms, records, new_state, h)
 
     def _program(self, i: int, args: Any) -> taps.Program:
@@ -246,14 +247,15 @@ class Runner:
             self._programs[key] = taps.trace(lambda params, state, h: apply(params, state, h, True), *args)
         return self._programs[key]
 
-    @staticmethod
-    def _term(block: Block, params: Any, h: Any, batch: Mapping[str, Any]) -> Term:
-        readout = block.readout
-        if readout is None:
-            raise InputError(
-                f"block {block.name!r} has no readout, but this target needs its loss: give the block a readout, or use a method with a "
-                "global loss."
-            )
-        outputs = readout.outputs(params, h)
-        cells = readout.loss(outputs, batch) if readout.cells is None else readout.cells(params, h, batch)
-        return Term(outputs, weighed(cells, batch))
+
+def term_of(block: Block, params: Any, h: Any, batch: Mapping[str, Any]) -> Term:
+    """The readout's outputs and its cells, weighed."""
+    readout = block.readout
+    if readout is None:
+        raise InputError(
+            f"block {block.name!r} has no readout, but this target needs its loss: give the block a readout, or use a method with a "
+            "global loss."
+        )
+    outputs = readout.outputs(params, h)
+    cells = readout.loss(outputs, batch) if readout.cells is None else readout.cells(params, h, batch)
+    return Term(outputs, weighed(cells, batch))

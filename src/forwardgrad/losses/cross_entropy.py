@@ -11,6 +11,7 @@ Summed over p and g this is the derivative of CE[n] exactly: features, weights a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,9 +71,17 @@ def _replicated_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     n, p, g, d = x.shape
     mean, loss, error = _error(x, kernel, bias, labels)
     slope = (error @ kernel.T).reshape(n, 1, g, d) / p  # W_g e_n / P
-    own = (dx * slope).sum(-1)
+    own = _sum(dx * slope)
     shared = ((mean @ dkernel + dbias) * error).sum(1) / (p * g)
     return jnp.broadcast_to((loss / (p * g))[:, None, None], (n, p, g)), own + shared[:, None, None]
+
+
+def _sum(x: jax.Array) -> jax.Array:
+    """Over the last axis, in pieces of at most 32, as products with ones: XLA's sum over a long last axis first writes out what it sums."""
+    size = math.gcd(x.shape[-1], 32)
+    pieces = x.reshape(*x.shape[:-1], -1, size)
+    ones = jnp.ones((size, 1), x.dtype)
+    return jnp.matmul(pieces, ones, precision=jax.lax.Precision.HIGHEST)[..., 0].sum(-1)
 
 
 def naive_replicated_cross_entropy(x: jax.Array, kernel: jax.Array, bias: jax.Array, labels: jax.Array) -> jax.Array:
