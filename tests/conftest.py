@@ -3,12 +3,22 @@
 Everything else runs as users do.
 """
 
+import gc
+
 import jax
 import pytest
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "float64: run in double precision (identities to 1e-10)")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_what_was_compiled():
+    """What a module's tests compiled serves no other module, and gigabytes of it slow down everything."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.hookimpl(wrapper=True)

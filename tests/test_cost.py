@@ -12,6 +12,7 @@ import pytest
 
 import forwardgrad as fg
 from forwardgrad import data, presets
+from forwardgrad.cli import bench
 from forwardgrad.cli.main import dispatch
 from forwardgrad.diagnostics import cost
 from forwardgrad.guesses.random import _NORMAL_SCALE, normals
@@ -74,20 +75,26 @@ KEYS = "method blocks groups batch guess seconds_per_step ratio_to_forward ratio
 
 
 def test_bench_writes_rows_and_a_picture(tmp_path, capsys):
-    line = ["bench", "digits", "--methods", "bp,lg-fg-a", "--channels", "16", "--groups", "2", "--blocks", "1"]
-    line += ["--over-blocks", "2", "--microbatches", "16", "0", "--repeats", "1", "--no-peak", "--out", str(tmp_path)]
+    line = ["bench", "digits", "--methods", "bp,lg-fg-a", "--model", "mlp", "--hidden", "8", "--batch-size", "16"]
+    line += ["--over-batch", "32", "--microbatches", "8", "0", "--repeats", "1", "--no-peak", "--out", str(tmp_path)]
     assert dispatch(line) == 0
     rows = json.loads((tmp_path / "bench.json").read_text())
-    assert [(r["method"], r["blocks"]) for r in rows] == [(m, b) for b in (1, 2) for m in ("bp", "lg-fg-a")]
+    assert [(r["method"], r["batch"]) for r in rows] == [(m, b) for b in (16, 32) for m in ("bp", "lg-fg-a")]
     for row in rows:
         assert set(KEYS.split()) | {"microbatch", "executor"} <= row.keys()
         assert row["gflop"] > 0
-        assert [t["microbatch"] for t in row["tried"]] == [16, 0]
-        assert row["microbatch"] in (16, 0)
+        assert [t["microbatch"] for t in row["tried"]] == [8, 0]
+        assert row["microbatch"] in (8, 0)
         assert row["executor"] == {"lg-fg-a": "streamed", "bp": "whole"}[row["method"]]
     assert [row["ratio_to_bp"] == 1 for row in rows] == [True, False] * 2
     assert (tmp_path / "bench.png").stat().st_size > 10_000
     assert "lg-fg-a" in capsys.readouterr().out
+
+
+def test_every_sweep_varies_one_size():
+    options = bench.Options(over_blocks=(2, 4), over_groups=(1,), over_batch=(64,))
+    sizes = [tuple(bench._size(one).values()) for one in bench._sizes(task(model=MIXER), options)]
+    assert sizes == [(2, 2, 32), (4, 2, 32), (2, 1, 32), (2, 2, 64)]
 
 
 def test_the_peak_of_a_process_of_its_own_is_at_least_what_the_step_holds():

@@ -110,6 +110,16 @@ def test_equal_neighbours_are_stacked_and_others_are_not():
     assert lengths(dataclasses.replace(R.fg_w(network), executor="streamed"), *rest) == (1, 1, 1)
 
 
+@pytest.mark.parametrize("size", [None, 2])
+def test_checkpointed_backpropagation_in_a_loop_is_backpropagation(size):
+    network, params, state, batch = setting("mixer")
+    made = dataclasses.replace(R.bp_checkpointed(network), microbatch=size)
+    assert made.pack(carry(made, params, state, batch), batch).lengths == (1, 3, 1)
+    assert not made.streams(params, state, batch)
+    whole = two_steps(dataclasses.replace(R.bp(network), executor="whole"), params, state, batch)
+    assert_same(whole, two_steps(made, params, state, batch))
+
+
 def carry(method, params, model_state, batch):
     state = method.initial_state(jax.random.key(2), params, model_state, batch)
     return Carry(params, model_state, jax.tree.map(jnp.zeros_like, params), state)

@@ -363,9 +363,9 @@ class Step:
 
             return jax.vmap(example, in_axes=(where, 0))({site: eps[site] for site in where}, dict(self.batch))
 
-        out, hidden = jax.vmap(one_draw, axis_size=part.draws)(
-            {site: direction.value for site, direction in u.items()}, inputs
-        )
+        values_of_u = {site: direction.value for site, direction in u.items()}
+        draws = None if u else part.draws  # without a direction nothing else says how many
+        out, hidden = jax.vmap(one_draw, axis_size=draws)(values_of_u, inputs)
         named = lambda value, like: Named(value, ("draw", *like.axes))
         terms = {t: Term(named(o, self.terms[t].outputs), named(c, self.terms[t].cells)) for t, (o, c) in out.items()}
         return Pushed(terms, hidden)
