@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from forwardgrad import recipes
+from forwardgrad import recipes, streaming
 from forwardgrad.engine import Estimator
 from forwardgrad.network import Network
 from forwardgrad.parts import Carry
@@ -320,14 +320,15 @@ def _products(jaxpr: Any) -> float:
 def gflop_by_xla(task: Task, examples: int = 8) -> float | None:
     """XLA's count for the optimised step by the whole executor, without loops (it counts a loop's body once), scaled from few examples.
 
-    Everything is counted: elementwise work, noise and the update too. `None` beyond 8 blocks, whose loop-free form takes minutes to compile.
+    Everything is counted: elementwise work, noise and the update too. `None` beyond 8 blocks, whose loop-free form takes minutes to compile, and
+    with checkpoints, which XLA undoes outside of loops.
     """
     experiment = task.experiment
-    if len(task.network.blocks) > 9:
+    network = task.network
+    if len(network.blocks) > 9 or streaming.is_looped(experiment.estimator(network)):
         return None
     examples = min(examples, experiment.batch_size)
     small = dataclasses.replace(experiment, batch_size=examples, microbatch=0, executor="whole")
-    network = task.network
     method, update = small.estimator(network), optimiser(small, network, 1000).update
     here = task._replace(experiment=small)
     shapes = _batch_shapes(here)
