@@ -235,7 +235,10 @@ def test_memory_does_not_grow_with_depth(method):
         def start(batch):
             return made.pack(carry(made, *network.init(jax.random.key(0)), batch), batch)
 
-        update = lambda block, grads, opt, params: (jax.tree.map(lambda p, g: p - g, params, grads), opt)
+        def update(block, grads, velocity, params):  # reads both and writes both, as momentum with weight decay does
+            new = jax.tree.map(lambda v, g, p: 0.9 * v + g + 1e-4 * p, velocity, grads, params)
+            return jax.tree.map(jnp.subtract, params, new), new
+
         step = jax.jit(lambda packed, batch: made.step(jax.random.key(1), packed, batch, update)[0], donate_argnums=0)
         return step.lower(jax.eval_shape(start, shapes), shapes).compile().memory_analysis().temp_size_in_bytes
 

@@ -237,6 +237,19 @@ def _change(
     return dataclasses.replace(packed, stacks=tuple(stacks)), outs
 
 
+def _updated(update: Update, name: str, number: int | jax.Array, grads: Any, held: Held) -> tuple[Any, Any]:
+    """The update of one block: new parameters and optimiser state.
+
+    In a loop over blocks, in buffers of its own: an update that reads both and writes both would otherwise have XLA copy all blocks' parameters.
+    A loop of one turn, whose number of turns XLA cannot know, is what keeps it from merging the reading with the writing.
+    """
+    if isinstance(number, int):
+        return update(name, grads, held.opt_state, held.params)
+    turns = jnp.minimum(number + 1, 1)
+    turn = lambda _, both: update(name, grads, both[1], both[0])
+    return jax.lax.fori_loop(0, turns, turn, (held.params, held.opt_state))
+
+
 def _at(stack: Held, k: jax.Array) -> Held:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, k, keepdims=False), stack)
 
@@ -275,7 +288,7 @@ def _greedy(
 
         (loss, grads, statistics, new), (h, outputs) = in_pieces(some, {**batch, "inputs": h}, microbatch)
         learned = learn(method.parts, state, statistics)
-        params, opt_state = update(block.name, grads, held.opt_state, held.params)
+        params, opt_state = _updated(update, block.name, number, grads, held)
         held = Held(params, new, opt_state, tuple(part.get(block.name, {}) for part in learned))
         return held, h, (loss, outputs)
 
@@ -421,7 +434,7 @@ def _global(
             grads = jax.tree.map(jnp.zeros_like, held.params)
             h = jax.tree.map(lambda x: jnp.zeros((len(batch["weight"]), *x.shape[1:]), x.dtype), few.hidden)
         grads = few.with_estimated({block.name: grads}, weights)[block.name]
-        params, opt_state = update(block.name, grads, held.opt_state, held.params)
+        params, opt_state = _updated(update, block.name, number, grads, held)
         state = state if again else held.model_state
         return held._replace(params=params, model_state=state, opt_state=opt_state), h, (loss, outputs)
 
