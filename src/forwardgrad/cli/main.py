@@ -25,6 +25,7 @@ def commands() -> dict[str, str]:
 def main(argv: list[str] | None = None) -> None:
     """Run one command and exit: 0; 2 for bad input, with one sentence; 3 for divergence; 128 + signal after an interruption."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    sys.path.insert(0, os.getcwd())  # as `python -m` does, for --model my_module:my_model
     sys.exit(dispatch(sys.argv[1:] if argv is None else argv))
 
 
