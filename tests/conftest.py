@@ -10,7 +10,12 @@ import pytest
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "float64: run in double precision (identities to 1e-10)")
+    config.addinivalue_line(
+        "markers", "float64: run in double precision (identities to 1e-10), with little optimisation"
+    )
+    config.addinivalue_line(
+        "markers", "quick_compile: run with little optimisation (what is tested takes no time to run)"
+    )
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -25,8 +30,9 @@ def _forget_what_was_compiled():
 def pytest_runtest_protocol(item, nextitem):
     """Around set-up too, so that session fixtures are made in the precision of the first test that asks for them."""
     identities = item.get_closest_marker("float64") is not None
+    quick = identities or item.get_closest_marker("quick_compile") is not None
     with jax.enable_x64(identities):
-        jax.config.update("jax_disable_most_optimizations", identities)
+        jax.config.update("jax_disable_most_optimizations", quick)
         try:
             return (yield)
         finally:

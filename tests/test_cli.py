@@ -73,6 +73,7 @@ REFUSALS = {
 }
 
 
+@pytest.mark.quick_compile
 @pytest.mark.parametrize("line", REFUSALS)
 def test_bad_input_is_one_sentence_with_the_remedy_and_exit_code_2(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -101,6 +102,7 @@ def test_a_method_that_needs_readouts_is_refused_on_a_model_without(tmp_path, mo
     assert "use a method with a global loss, such as bp, fg-a or fg-w" in capsys.readouterr().err
 
 
+@pytest.mark.quick_compile
 def test_a_taken_directory_is_refused(finished, capsys):
     assert dispatch(["train", *QUICK, "--epochs", "2", "--run-dir", str(finished)]) == 2
     assert "continue it with --resume, or choose another --run-dir" in capsys.readouterr().err
@@ -119,6 +121,7 @@ def test_evaluate_repeats_what_the_run_reported(finished, capsys):
     assert re.search(r"test error \d+\.\d\d %, train error \d+\.\d\d %", capsys.readouterr().out)
 
 
+@pytest.mark.quick_compile
 def test_divergence_is_exit_code_3(tmp_path, capsys):
     code = dispatch(
         ["train", *QUICK, "--method", "fg-w", "--lr", "1e6", "--epochs", "5", "--run-dir", str(tmp_path / "run")]
@@ -149,6 +152,7 @@ def test_a_signal_ends_with_its_exit_code_and_a_checkpoint(tmp_path):
     assert fg.load_run(directory).step > 0
 
 
+@pytest.mark.quick_compile
 def test_compare_writes_a_table_and_a_picture_and_keeps_finished_runs(tmp_path, capsys):
     line = [
         "compare",
@@ -178,6 +182,7 @@ def test_compare_writes_a_table_and_a_picture_and_keeps_finished_runs(tmp_path, 
     assert again == found  # wall times too: nothing ran again
 
 
+@pytest.mark.quick_compile
 def test_seeds_of_a_comparison_share_compiled_code_and_nothing_else(finished, tmp_path):
     line = [
         "compare",
@@ -224,6 +229,7 @@ def test_help_lists_every_command(capsys):
     assert dispatch(["--version"]) == 0
 
 
+@pytest.mark.quick_compile
 @pytest.mark.parametrize("method", recipes.names())
 def test_every_method_trains_from_the_command_line(method, tmp_path):
     directory = tmp_path / "run"

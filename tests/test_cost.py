@@ -22,6 +22,8 @@ from forwardgrad.network import complete, in_precision
 from forwardgrad.training import auto, loop
 from forwardgrad.whole import Step
 
+pytestmark = pytest.mark.quick_compile
+
 MIXER = LocalMixer(blocks=2, patches=2, channels=16, groups=2)
 SMALL = dataclasses.replace(presets.find("digits"), model=MLP(hidden=(16,)), batch_size=32)
 

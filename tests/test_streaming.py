@@ -82,8 +82,8 @@ def assert_same(one, other):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
-CASES = [("mixer", method) for method in METHODS]
-CASES += [("mlp", method) for method in ("lg-fg-a", "learning predictor", "fg-a", "fg-w", "global, two parts")]
+CASES = [("mixer", method) for method in ("lg-bp", "lg-fg-a", "lg-fg-w", "learning predictor", "fg-a", "fg-w")]
+CASES += [("mlp", method) for method in METHODS]
 CASES += [("batch norm", method) for method in ("lg-bp", "lg-fg-w", "fg-a", "fg-w")]
 
 
