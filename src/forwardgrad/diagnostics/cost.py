@@ -99,7 +99,9 @@ def step(task: Task, *, run: bool = True) -> Compiled:
     update = optimiser(experiment, network, 1000).update
     one = jax.jit(lambda packed, batch: method.step(jax.random.key(4), packed, batch, update)[:2], donate_argnums=0)
     make = jax.jit(lambda *weights_and_batch: _initial(task, method, *weights_and_batch))
-    weights, shapes = _weights(experiment.model, task.shape, task.classes), _batch_shapes(task)
+    shapes = _batch_shapes(task)
+    known = _weights if run else lambda *_: jax.eval_shape(network.init, jax.random.key(0))
+    weights = known(experiment.model, task.shape, task.classes)
     begin = time.monotonic()
     compiled = one.lower(jax.eval_shape(make, *weights, shapes), shapes).compile()
     seconds = time.monotonic() - begin
