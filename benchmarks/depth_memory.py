@@ -2,7 +2,8 @@
 
     python benchmarks/depth_memory.py --out DIR [--preset cifar10-m-8-16] [--methods bp,bp-checkpointed,lg-fg-a] [--blocks 4 16 64] [--microbatch 8]
 
-Parameters, momentum and gradients are updated in place and are not among the temporary buffers (`held_mib` has them).
+Parameters and momentum are updated in place and are not among the temporary buffers (`held_mib` has them). Gradients are: of all blocks where the
+network runs as a whole, of one block at a time where it is streamed.
 """
 
 from __future__ import annotations

@@ -64,6 +64,7 @@ REFUSALS = {
     "bench --out DIR --repeats 0": "--repeats must be at least 1",
     "bench --out DIR --model mlp --over-groups 4": "leave --over-groups out",
     "bench --out DIR --over-blocks 0": "set --blocks",
+    "bench --out DIR --over-batch 0": "--batch-size must be at least 1",
     "evaluate": "missing",
     "evaluate nowhere": "give the directory that `forwardgrad train` wrote",
     "compare --methods bp": "add --out DIR",

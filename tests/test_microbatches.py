@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toynets import setting, two_steps
 
 import forwardgrad as fg
 from forwardgrad.guesses.feedback import learned_feedback
@@ -14,22 +15,6 @@ from forwardgrad.models.localmixer import LocalMixer
 from forwardgrad.models.mlp import MLP
 
 pytestmark = pytest.mark.float64
-
-
-def setting(model, n=6):
-    network = model.network((4, 4, 1), 3)
-    params, state = jax.tree.map(lambda x: x.astype(jnp.float64), network.init(jax.random.key(0)))
-    batch = {"inputs": jax.random.normal(jax.random.key(1), (n, 4, 4, 1), jnp.float64), "labels": jnp.arange(n) % 3}
-    return network, params, state, batch
-
-
-def two_steps(method, params, model_state, batch):
-    out, state = [], method.initial_state(jax.random.key(2), params, model_state, batch)
-    step = jax.jit(method.estimate)
-    for key in (3, 4):
-        estimate, state, model_state = step(jax.random.key(key), state, params, model_state, batch)
-        out.append(estimate)
-    return out, state
 
 
 METHODS = {name: fg.recipes.find(name) for name in ("bp", "lg-fg-a", "fg-w", "fdfa")} | {

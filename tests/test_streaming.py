@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toynets import mixer, problem
+from toynets import mixer, problem, setting, two_steps
 
 import forwardgrad as fg
 from forwardgrad import streaming
@@ -59,23 +59,6 @@ METHODS = {
 }
 
 
-def setting(model, n=6):
-    network = MODELS[model].network((4, 4, 1), 3)
-    params, state = jax.tree.map(lambda x: x.astype(jnp.float64), network.init(jax.random.key(0)))
-    batch = {"inputs": jax.random.normal(jax.random.key(1), (n, 4, 4, 1)), "labels": jnp.arange(n) % 3}
-    return network, params, state, batch
-
-
-def two_steps(method, params, model_state, batch):
-    """Both estimates, and the state that they leave: guesses learn in between."""
-    out, state = [], method.initial_state(jax.random.key(2), params, model_state, batch)
-    step = jax.jit(method.estimate)
-    for key in (3, 4):
-        estimate, state, model_state = step(jax.random.key(key), state, params, model_state, batch)
-        out.append(estimate)
-    return out, state, model_state
-
-
 def assert_same(one, other):
     assert jax.tree.structure(one) == jax.tree.structure(other)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
@@ -89,7 +72,7 @@ CASES += [("batch norm", method) for method in ("lg-bp", "lg-fg-w", "fg-a", "fg-
 
 @pytest.mark.parametrize(("model", "method"), CASES)
 def test_streamed_is_whole(model, method):
-    network, params, state, batch = setting(model)
+    network, params, state, batch = setting(MODELS[model])
     made = METHODS[method](network)
     whole = two_steps(dataclasses.replace(made, executor="whole"), params, state, batch)
     streamed = dataclasses.replace(made, executor="streamed")
@@ -100,19 +83,19 @@ def test_streamed_is_whole(model, method):
 
 def test_equal_neighbours_are_stacked_and_others_are_not():
     lengths = lambda method, *rest: method.pack(carry(method, *rest), rest[-1]).lengths
-    network, *rest = setting("mixer")
+    network, *rest = setting(MODELS["mixer"])
     assert lengths(R.lg_fg_a(network), *rest) == (1, 3, 1)
     assert lengths(R.fg_w(network), *rest) == (1, 3, 1)
     named = fg.Part(fg.rademacher(), fg.activations(only=("block2/token", "grouped")), ("batch", "patch", "group"))
     assert lengths(dataclasses.replace(R.lg_fg_a(network), parts=(named,)), *rest) == (1, 1, 1, 1, 1)
-    network, *rest = setting("batch norm")
+    network, *rest = setting(MODELS["batch norm"])
     assert lengths(R.lg_bp(network), *rest) == (1, 2)
     assert lengths(dataclasses.replace(R.fg_w(network), executor="streamed"), *rest) == (1, 1, 1)
 
 
 @pytest.mark.parametrize("size", [None, 2])
 def test_checkpointed_backpropagation_in_a_loop_is_backpropagation(size):
-    network, params, state, batch = setting("mixer")
+    network, params, state, batch = setting(MODELS["mixer"])
     made = dataclasses.replace(R.bp_checkpointed(network), microbatch=size)
     assert made.pack(carry(made, params, state, batch), batch).lengths == (1, 3, 1)
     assert not made.streams(params, state, batch)
@@ -126,7 +109,7 @@ def carry(method, params, model_state, batch):
 
 
 def test_a_pattern_that_names_a_block_means_that_block():
-    network, params, state, batch = setting("mixer")
+    network, params, state, batch = setting(MODELS["mixer"])
     part = fg.Part(fg.rademacher(), fg.activations(only=("block2/token", "grouped")), ("batch", "patch", "group"))
     method = dataclasses.replace(R.lg_fg_a(network), parts=(part,))
     whole = two_steps(dataclasses.replace(method, executor="whole"), params, state, batch)
@@ -134,7 +117,7 @@ def test_a_pattern_that_names_a_block_means_that_block():
 
 
 def test_pack_and_unpack_are_inverse():
-    network, params, state, batch = setting("mixer")
+    network, params, state, batch = setting(MODELS["mixer"])
     method = fg.wrappers.with_predictor(R.lg_fg_a(network), learned_feedback(0.5, mask=True))
     before = carry(method, params, state, batch)
     after = method.unpack(method.pack(before, batch), before.state)
@@ -144,7 +127,7 @@ def test_pack_and_unpack_are_inverse():
 
 def test_updates_block_by_block_are_updates_of_the_whole():
     """A block's update comes before the next block is looked at, and changes nothing that the next block sees."""
-    network, params, state, batch = setting("mixer")
+    network, params, state, batch = setting(MODELS["mixer"])
 
     def update(block, grads, opt_state, params):
         new = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
@@ -183,7 +166,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("why", REFUSED)
 def test_what_cannot_be_streamed_is_refused_with_the_remedy_and_run_whole_by_default(why):
-    network, params, state, batch = setting("mixer")
+    network, params, state, batch = setting(MODELS["mixer"])
     method = REFUSED[why](network)
     assert not method.streams(params, state, batch)
     with pytest.raises(fg.InputError, match=f"{why}.*--executor whole"):
@@ -191,7 +174,7 @@ def test_what_cannot_be_streamed_is_refused_with_the_remedy_and_run_whole_by_def
 
 
 def test_a_guess_that_looks_at_the_whole_network_is_streamed_where_the_block_is_all():
-    network, params, state, batch = setting("mlp")
+    network, params, state, batch = setting(MODELS["mlp"])
     part = fg.Part(local_gradient(), fg.activations(), ("batch",), fg.rules.projection)
     method = fg.Estimator(network, fg.local(), (part,))
     assert method.streams(params, state, batch)
@@ -199,7 +182,7 @@ def test_a_guess_that_looks_at_the_whole_network_is_streamed_where_the_block_is_
 
 
 def test_auto_streams_where_it_costs_nothing():
-    network, params, state, batch = setting("mixer")
+    network, params, state, batch = setting(MODELS["mixer"])
     streams = lambda method: method.streams(params, state, batch)
     assert streams(R.lg_fg_a(network))
     assert streams(R.lg_bp(network))
@@ -262,7 +245,7 @@ def test_reached_follows_everything_but_cut_taps():
 
 
 def test_greedy_is_one_loss_per_block_cut_off():
-    network = setting("mlp")[0]
+    network = setting(MODELS["mlp"])[0]
     assert streaming.is_greedy(R.lg_bp(network))
     assert not streaming.is_greedy(R.l_bp(network))
     assert not streaming.is_greedy(R.bp(network))

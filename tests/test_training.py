@@ -115,6 +115,19 @@ def test_a_run_killed_by_sigkill_resumes_to_the_same_bits(finished, tmp_path):
     assert steps == sorted(set(steps))
 
 
+def test_a_checkpoint_crosses_executors_and_microbatches(finished, tmp_path):
+    """The last steps as a whole and by microbatches, where the first were streamed: the same run up to rounding."""
+    directory = tmp_path / "run"
+    shutil.copytree(finished[0], directory)
+    (directory / "result.json").unlink()
+    shutil.rmtree(directory / "checkpoints" / "22")
+    loop.train(dataclasses.replace(SMALL, executor="whole", microbatch=32), directory, quiet=True, resume=True)
+    one, other = final_arrays(directory), final_arrays(finished[0])
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_allclose(one[name], other[name], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT])  # tests/test_cli.py sends SIGTERM
 def test_a_signal_saves_and_leaves_and_the_run_goes_on(finished, tmp_path, signum, monkeypatch):
     directory, steps = tmp_path / "run", Learner.run

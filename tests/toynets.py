@@ -87,6 +87,24 @@ def loss(params, batch, target):
     return total
 
 
+def setting(model, n=6):
+    """Network, parameters, model state and batch of a model from its configuration, on images of 4 x 4, in double precision."""
+    network = model.network((4, 4, 1), 3)
+    params, state = jax.tree.map(lambda x: x.astype(jnp.float64), network.init(jax.random.key(0)))
+    batch = {"inputs": jax.random.normal(jax.random.key(1), (n, 4, 4, 1), jnp.float64), "labels": jnp.arange(n) % 3}
+    return network, params, state, batch
+
+
+def two_steps(method, params, model_state, batch):
+    """Both estimates, and the state that they leave: guesses learn in between."""
+    out, state = [], method.initial_state(jax.random.key(2), params, model_state, batch)
+    step = jax.jit(method.estimate)
+    for key in (3, 4):
+        estimate, state, model_state = step(jax.random.key(key), state, params, model_state, batch)
+        out.append(estimate)
+    return out, state, model_state
+
+
 TARGETS = {"global": fg.global_loss(), "local": fg.local(), "flowing": fg.local(cut=False)}
 
 

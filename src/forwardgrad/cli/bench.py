@@ -11,8 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from forwardgrad import recipes
-from forwardgrad.cli.options import Places, parse
+from forwardgrad.cli.options import Places, method_names, parse
 from forwardgrad.errors import InputError
 
 REFERENCES = ("bp", "bp-checkpointed")
@@ -31,8 +30,8 @@ class Options(Places):
     over_batch: tuple[int, ...] = ()
     """also measure these batch sizes"""
     microbatches: tuple[int, ...] = ()
-    """sizes to try for each method, 0 for the whole batch; by default 4, 8, 16 and 0 on a CPU, the whole batch elsewhere. The fastest one that fits
-    in memory counts"""
+    """sizes to try for each method, in place of --microbatch; 0 is the whole batch; by default 4, 8, 16 and 0 on a CPU, the whole batch elsewhere.
+    The fastest one that fits in memory counts"""
     repeats: int = 5
     """timed steps of each method, interleaved; the median counts"""
     peak: bool = True
@@ -46,16 +45,11 @@ def run(argv: list[str]) -> int:
     about = "Measure what a training step costs, on random images of the data set's shape."
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or no second process could measure its peak
     preset, experiment, options = parse("bench", argv, Options(), about)
-    methods = [recipes.find(name.strip()).name for name in options.methods.split(",") if name.strip()]
-    if not methods or len(set(methods)) != len(methods):
-        raise InputError(
-            f"--methods {options.methods!r} names no method, or one twice: give different names with commas between them."
-        )
+    methods = method_names(options.methods)
     if options.out is None:
         raise InputError("bench needs a directory for its results: add --out DIR.")
     if options.repeats < 1:
         raise InputError(f"--repeats must be at least 1, not {options.repeats}.")
-    experiment.check()
     from forwardgrad import data
     from forwardgrad.diagnostics import cost
     from forwardgrad.training.metrics import write_json
@@ -66,7 +60,7 @@ def run(argv: list[str]) -> int:
     rows: list[dict[str, Any]] = []
     product = cost.product().run
     for size in _sizes(task, options):
-        title = ", ".join(f"{name} {value}" for name, value in _size(size).items())
+        title = ", ".join(f"{name} {value}" for name, value in _size(size).items() if value is not None)
         console.print(f"[bold]{title}[/bold]")
         rows += _measure(size, methods, options, product, console)
         options.out.mkdir(parents=True, exist_ok=True)
@@ -97,7 +91,9 @@ def _sizes(task: Any, options: Options) -> list[Any]:
             out.append(task._replace(experiment=dataclasses.replace(task.experiment, model=model)))
     out += [task._replace(experiment=dataclasses.replace(task.experiment, batch_size=n)) for n in options.over_batch]
     for one in out:
-        one.network  # noqa: B018  impossible sizes are refused before anything is measured
+        # impossible sizes are refused before anything is measured
+        dataclasses.replace(one.experiment, microbatch=0).check()
+        one.network  # noqa: B018
     return [one for i, one in enumerate(out) if _size(one) not in [_size(other) for other in out[:i]]]
 
 

@@ -11,8 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from forwardgrad import recipes
-from forwardgrad.cli.options import Places, parse
+from forwardgrad.cli.options import Places, method_names, parse
 from forwardgrad.errors import Diverged, InputError
 
 
@@ -35,11 +34,7 @@ def run(argv: list[str]) -> int:
     preset, experiment, options = parse(
         "compare", argv, Options(), "Train one experiment by several methods, with several seeds."
     )
-    methods = [recipes.find(name.strip()).name for name in options.methods.split(",") if name.strip()]
-    if not methods or len(set(methods)) != len(methods):
-        raise InputError(
-            f"--methods {options.methods!r} names no method, or one twice: give different names with commas between them."
-        )
+    methods = method_names(options.methods)
     if options.seeds < 1:
         raise InputError(f"--seeds must be at least 1, not {options.seeds}.")
     if options.out is None:

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import tyro
 
-from forwardgrad import models, presets
+from forwardgrad import models, presets, recipes
 from forwardgrad.errors import InputError, unknown
 from forwardgrad.presets import Experiment
 
@@ -72,6 +72,20 @@ def parse(command: str, argv: list[str], options: Any, about: str) -> tuple[str,
         default=_Command(experiment, options),
     )
     return name, found.experiment, found.options
+
+
+def method_names(text: str) -> list[str]:
+    """The methods of `--methods a,b,c`.
+
+    Raises:
+      InputError: none, one twice, or one that does not exist.
+    """
+    names = [recipes.find(name.strip()).name for name in text.split(",") if name.strip()]
+    if not names or len(set(names)) != len(names):
+        raise InputError(
+            f"--methods {text!r} names no method, or one twice: give different names with commas between them."
+        )
+    return names
 
 
 def tyro_cli(

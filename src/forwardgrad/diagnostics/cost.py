@@ -243,9 +243,9 @@ def _read(path: str) -> str:
 
 
 def peak_mib(task: Task) -> float | None:
-    """Real peak of device memory, or of the process's resident memory above what it held before, in a process of its own.
+    """Real peak of memory in two steps, in a process of its own: of the device, or of resident memory above what weights and compilation took.
 
-    Parameters, optimiser and gradients are in it, as is what the allocator does not give back. `None` where the system does not tell.
+    Momentum, gradients and what the allocator does not give back are in it. `None` where the system does not tell.
     """
     spec = {"experiment": task.experiment.to_json(), "shape": task.shape, "classes": task.classes}
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}

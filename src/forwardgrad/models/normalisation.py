@@ -27,7 +27,7 @@ def normalise(x: jax.Array, axes: tuple[int, ...] = (-1,)) -> jax.Array:
     """
     first = min(a % x.ndim for a in axes)
     if len(axes) != x.ndim - first:
-        raise ValueError(f"normalise takes the last axes, not {axes} of {x.ndim}.")
+        raise ValueError(f"normalise takes the last axes, not {axes} of {x.ndim}: move them to the end.")
     return _normalise(x.reshape(*x.shape[:first], -1)).reshape(x.shape)
 
 

@@ -87,7 +87,7 @@ def _key(task: cost.Task) -> str:
 def _read() -> dict[str, int]:
     try:
         return dict(json.loads(memory().read_text()))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):  # not there, or damaged: measured again
         return {}
 
 
