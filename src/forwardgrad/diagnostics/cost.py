@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from forwardgrad import recipes, streaming
 from forwardgrad.engine import Estimator
+from forwardgrad.losses.products import product_p
 from forwardgrad.network import Network
 from forwardgrad.parts import Carry
 from forwardgrad.presets.experiment import Experiment
@@ -307,6 +308,8 @@ def _products(jaxpr: Any) -> float:
                 inner *= eqn.invars[0].aval.shape[axis]
             if inner > 1 and eqn.outvars[0].aval.shape[-1] > 1:  # means are written as products, and are none
                 total += 2.0 * inner * eqn.outvars[0].aval.size
+        elif eqn.primitive is product_p:
+            total += 2.0 * eqn.invars[0].aval.size * eqn.outvars[0].aval.shape[1]
         elif eqn.primitive.name == "conv_general_dilated":
             kernel = eqn.invars[1].aval
             features = eqn.params["dimension_numbers"].rhs_spec[0]

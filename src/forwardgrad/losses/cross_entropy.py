@@ -17,7 +17,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
+from forwardgrad.losses.products import product
 from forwardgrad.named import Named
 
 
@@ -39,7 +41,7 @@ def cross_entropy(outputs: Named, batch: Mapping[str, Any]) -> Named:
 def _error(x: jax.Array, kernel: jax.Array, bias: jax.Array, labels: jax.Array) -> tuple[jax.Array, ...]:
     """Mean features [N, G D], cross-entropy [N], and its derivative by the logits [N, K]."""
     mean = x.mean(1).reshape(x.shape[0], -1)
-    logits = mean @ kernel + bias
+    logits = product(mean, kernel) + bias
     log_p = jax.nn.log_softmax(logits)
     onehot = jax.nn.one_hot(labels, logits.shape[1], dtype=logits.dtype)
     return mean, -(onehot * log_p).sum(1), jnp.exp(log_p) - onehot
@@ -65,15 +67,21 @@ def replicated_cross_entropy(x: jax.Array, kernel: jax.Array, bias: jax.Array, l
     return jnp.broadcast_to((loss / (p * g))[:, None, None], (n, p, g))
 
 
-@replicated_cross_entropy.defjvp
 def _replicated_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     (x, kernel, bias, labels), (dx, dkernel, dbias, _) = primals, tangents
     n, p, g, d = x.shape
     mean, loss, error = _error(x, kernel, bias, labels)
     slope = (error @ kernel.T).reshape(n, 1, g, d) / p  # W_g e_n / P
-    own = _sum(dx * slope)
-    shared = ((mean @ dkernel + dbias) * error).sum(1) / (p * g)
-    return jnp.broadcast_to((loss / (p * g))[:, None, None], (n, p, g)), own + shared[:, None, None]
+    still = lambda tangent: isinstance(tangent, SymbolicZero)
+    moved = jnp.zeros((n, p, g), x.dtype) if still(dx) else _sum(dx * slope)
+    logits = ([] if still(dkernel) else [product(mean, dkernel)]) + ([] if still(dbias) else [dbias])
+    if logits:
+        moved += ((sum(logits[1:], logits[0]) * error).sum(1) / (p * g))[:, None, None]
+    return jnp.broadcast_to((loss / (p * g))[:, None, None], (n, p, g)), moved
+
+
+# symbolic zeros: where the classifier does not move, nothing is multiplied by its tangent
+replicated_cross_entropy.defjvp(_replicated_jvp, symbolic_zeros=True)
 
 
 def _sum(x: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from forwardgrad.losses.cross_entropy import cross_entropy, replicated_cross_entropy
+from forwardgrad.losses.products import product
 from forwardgrad.models.normalisation import normalise
 from forwardgrad.named import Named
 from forwardgrad.network import Readout
@@ -24,7 +25,7 @@ def linear(features: int, classes: int, init: Initializer) -> Readout:
     """Linear classifier on [batch, features] with cross-entropy per example."""
 
     def outputs(params: Any, h: jax.Array) -> Named:
-        return Named(h @ params["kernel"] + params["bias"], ("batch", "class"))
+        return Named(product(h, params["kernel"]) + params["bias"], ("batch", "class"))
 
     return Readout(outputs, cross_entropy, init=_linear_init(features, classes, init))
 
@@ -35,7 +36,7 @@ def replicated(features: int, classes: int, init: Initializer) -> Readout:
 
     def outputs(params: Any, h: jax.Array) -> Named:
         mean = normalise(h).mean(1).reshape(h.shape[0], -1)
-        return Named(mean @ params["kernel"] + params["bias"], ("batch", "class"))
+        return Named(product(mean, params["kernel"]) + params["bias"], ("batch", "class"))
 
     def cells(params: Any, h: jax.Array, batch: Any) -> Named:
         value = replicated_cross_entropy(normalise(h), params["kernel"], params["bias"], batch["labels"])

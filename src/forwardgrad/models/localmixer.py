@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from flax import nnx
 
 from forwardgrad.adapters import flax_nnx
 from forwardgrad.errors import InputError
+from forwardgrad.losses.products import product
 from forwardgrad.models import heads
 from forwardgrad.models.normalisation import Norm
 from forwardgrad.network import Network
@@ -141,6 +142,12 @@ def weight_axes(config: LocalMixer, first: bool) -> dict[str, tuple[str, ...]]:
 # `jnp.einsum` puts the weights first, and XLA then lays activations out with units apart from each other, at twice the cost on a CPU.
 
 
+def _mix_channels(x: jax.Array, kernel: jax.Array, dimensions: Any, **_) -> jax.Array:
+    """npf,fgd->npgd, as a product of matrices: with three axes the kernel's gradient would come out transposed."""
+    out = product(x.reshape(-1, x.shape[-1]), kernel.reshape(kernel.shape[0], -1))
+    return out.reshape(*x.shape[:2], *kernel.shape[1:])
+
+
 def _mix_groups(spec: str, x: jax.Array, kernel: jax.Array, **_) -> jax.Array:
     """npgc,gcd->npgd."""
     return jnp.moveaxis(jax.lax.dot_general(x, kernel, (((3,), (1,)), ((2,), (0,)))), 0, 2)
@@ -165,6 +172,7 @@ class Channels(nnx.Module):
             (g, d),
             kernel_init=lambda *a: init(*a, fan_in=features),
             bias_init=nnx.initializers.zeros,
+            dot_general=_mix_channels,
             rngs=rngs,
         )
         self.after = norm(place in ("both", "after"), patches, config.channels)
