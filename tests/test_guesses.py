@@ -8,7 +8,7 @@ from toynets import CELLS, FIXED, N, distance, gradient, mixer, once, problem
 
 import forwardgrad as fg
 from forwardgrad.guesses.base import Site, View
-from forwardgrad.guesses.random import signs
+from forwardgrad.guesses.random import random_words
 
 pytestmark = pytest.mark.float64
 
@@ -50,12 +50,23 @@ def test_moments(guess, fourth):
 
 @pytest.mark.parametrize("size", [1, 31, 32, 33, 100])
 def test_signs_of_any_length(size):
-    found = signs(jax.random.key(0), (size,), jnp.float32)
-    assert found.dtype == jnp.float32
-    assert set(np.unique(found)) <= {-1.0, 1.0}
-    assert size < 31 or len(np.unique(found)) == 2
-    words = signs(jax.random.key(0), (64,), jnp.float32)
-    assert size < 33 or not jnp.array_equal(words[:32], words[32:])
+    (found,) = fg.rademacher().propose(jax.random.key(0), (), view({"z": site(shape=(N, size))})).values()
+    assert found.value.shape == (1, N, size)
+    assert found.value.dtype == jnp.float64
+    assert set(np.unique(found.value)) <= {-1.0, 1.0}
+    assert size < 31 or all(len(np.unique(row)) == 2 for row in found.value[0])
+    for one in range(0, size - 32, 32):
+        assert not jnp.array_equal(found.value[..., :4], found.value[..., one + 32 : one + 36])
+
+
+def test_words_are_of_the_example_and_differ_everywhere():
+    index = jnp.array([7, 0, 3])
+    words = random_words(jax.random.key(0), index, 5)
+    assert jnp.array_equal(words[1:], random_words(jax.random.key(0), index[1:], 5))
+    many = random_words(jax.random.key(0), jnp.arange(100), 33)
+    assert len(np.unique(many)) == many.size, "no counter twice"
+    bits = (np.asarray(many)[..., None] >> np.arange(32)) & 1
+    assert np.abs(bits.mean((0, 1)) - 0.5).max() < 5 * 0.5 / many.size**0.5
 
 
 @pytest.mark.parametrize("guess", [fg.gaussian(), fg.rademacher(), fg.orthogonal()], ids=lambda g: g.name)
