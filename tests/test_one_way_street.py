@@ -71,7 +71,7 @@ def crossed(method):
 
 ALL = sorted(f"{block}/{tap}" for block in ("b0", "b1") for tap in ("tok", "chan", "grp"))
 BACKPROP_FREE = ["fg-w", "fg-a", "lg-fg-w", "lg-fg-a", "wp", "np", "dfa", "fdfa"]
-BACKPROP = ["bp", "lg-bp", "l-bp", "bp-checkpointed"]
+BACKPROP = ["bp", "lg-bp", "l-bp", "bp-checkpointed", "fa", "l-fa", "lg-fa"]
 
 
 def test_a_street_is_open_forwards_and_seen_backwards():

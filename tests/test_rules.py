@@ -134,4 +134,4 @@ def test_released_scale_is_n_times_the_estimate_per_example(recipe):
     expected = jax.tree.map(lambda x: factor * x, layers(grads(plain)))
     assert distance(layers(grads(released)), expected) < 1e-12
     if recipe == "fg-a":
-        assert distance(grads(fg.recipes.fg_a(mixer(), guess=FIXED, released_scale=True)), grads(released)) == 0
+        assert distance(grads(fg.recipes.fg_a(mixer(), guess=FIXED, released=True)), grads(released)) == 0

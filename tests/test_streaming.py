@@ -47,7 +47,8 @@ METHODS = {
         ),
     ),
     "fg-a": lambda n: R.fg_a(n, mask=True, draws=2),
-    "fg-a, released scale": lambda n: R.fg_a(n, released_scale=True),
+    "fg-a, released": lambda n: R.fg_a(n, released=True),
+    "lg-fa": R.lg_fa,
     "fg-w": lambda n: R.fg_w(n, draws=3),
     "global, two parts": lambda n: dataclasses.replace(
         R.fg_w(n),

@@ -78,7 +78,7 @@ def value_and_grad(
         return Named(value, ("batch",)[: jnp.ndim(value)])
 
     def network_of(program: taps.Program) -> Network:
-        apply = lambda params, state, args, train: (taps.evaluate(program, (params, args), taps.keep)[0], state)
+        apply = lambda params, state, args, train: (taps.run(program, (params, args)), state)
         readout = Readout(outputs=lambda params, h: h, loss=lambda outputs, batch: outputs)
         return Network((Block("", apply, readout),))
 

@@ -203,6 +203,7 @@ class Runner:
 
     Attributes:
       where: `{tap site: (position of its block, name within it)}`, known after a run.
+      passive: sites of the passive taps among them.
       programs: the blocks as they were traced last, known after a run.
     """
 
@@ -215,6 +216,7 @@ class Runner:
             raise InputError(f"two blocks are called {twice[0]!r}: give each block its own name.")
         self.network, self.cuts, self.terms, self.state, self.batch = network, cuts, terms, state, batch
         self.where: dict[str, tuple[int, str]] = {}
+        self.passive: set[str] = set()
         self.programs: dict[int, taps.Program] = {}
         self._programs: dict[Any, taps.Program] = {}
 
@@ -231,6 +233,7 @@ class Runner:
             args = (params[block.name]["layers"], state[block.name], h)
             program = self.programs[i] = self._program(i, args)
             self.where.update({here + name: (i, name) for name in program.taps})
+            self.passive.update(here + name for name in program.passive)
             (h, new_state[block.name]), seen = taps.evaluate(
                 program, args, lambda name, axes, z, here=here: visit(here + name, axes, z)
             )

@@ -16,7 +16,9 @@ from forwardgrad.errors import unknown
 from forwardgrad.guesses import feedback
 from forwardgrad.guesses.base import Guess
 from forwardgrad.guesses.given import masked
+from forwardgrad.guesses.layer_readout import layer_readout
 from forwardgrad.guesses.random import gaussian, rademacher
+from forwardgrad.guesses.replay import feedback_alignment
 from forwardgrad.network import Network
 
 CELLS = ("batch", "patch", "group")
@@ -129,7 +131,7 @@ def fg_w(network: Network, *, guess: Guess | None = None, draws: int = 1) -> Est
 
 @_recipe("ren2023", "lecun1988", passes=lambda draws: 2 + draws)
 def fg_a(
-    network: Network, *, guess: Guess | None = None, draws: int = 1, mask: bool = False, released_scale: bool = False
+    network: Network, *, guess: Guess | None = None, draws: int = 1, mask: bool = False, released: bool = False
 ) -> Estimator:
     """Forward gradient by activity perturbation: ĝ(w) = Σₙ xₙ <∇zₙ Lₙ, uₙ> uₙ, an own direction for each example (Ren et al. 2023, Eq. 3).
 
@@ -138,7 +140,7 @@ def fg_a(
 
     Args:
       mask: leave out units that their ReLU switches off (section 3.6); needs taps right below ReLUs.
-      released_scale: N times the estimate, which is what the authors' released code computes (it does not average over the batch here).
+      released: N times the estimate, which is what the authors' released code computes (it does not average over the batch here).
     """
     guess = guess or rademacher()
     return estimator(
@@ -147,7 +149,7 @@ def fg_a(
         guess=masked(guess) if mask else guess,
         insertion=insertions.activations(),
         partition=("batch",),
-        rule=rules.unnormalised if released_scale else rules.unbiased,
+        rule=rules.unnormalised if released else rules.unbiased,
         draws=draws,
     )
 
@@ -172,7 +174,14 @@ def lg_fg_w(network: Network, *, guess: Guess | None = None, draws: int = 1) -> 
 
 
 @_recipe("ren2023", passes=lambda draws: 2 + draws)
-def lg_fg_a(network: Network, *, guess: Guess | None = None, draws: int = 1, mask: bool = False) -> Estimator:
+def lg_fg_a(
+    network: Network,
+    *,
+    guess: Guess | None = None,
+    draws: int = 1,
+    mask: bool = False,
+    norm_gradient: bool = True,
+) -> Estimator:
     """Local greedy activity perturbation: each unit by the loss of its own block, example, patch and group (Ren et al. 2023, section 4).
 
     ĝ(w) = Σ x[n,p] Σ_g d[n,p,g] u[n,p,·], d the tangent of the loss cell that the unit feeds; g is summed for units that feed all groups.
@@ -182,13 +191,15 @@ def lg_fg_a(network: Network, *, guess: Guess | None = None, draws: int = 1, mas
 
     Args:
       mask: leave out units that their ReLU switches off (section 3.6).
+      norm_gradient: False hands the credit of what a normalisation gives to the linear layer below it unchanged, leaving out the Jacobian of
+        the normalisation (Table 5, columns without "NG"). Biased; the same where nothing is normalised after the linear layers.
     """
     guess = guess or rademacher()
     return estimator(
         network,
         target=targets.local(),
         guess=masked(guess) if mask else guess,
-        insertion=insertions.activations(),
+        insertion=insertions.activations(credit_at=None if norm_gradient else insertions.linear_output),
         partition=CELLS,
         draws=draws,
     )
@@ -230,8 +241,54 @@ def np_(
     )
 
 
+def _by_replay(network: Network, target: targets.Target, released: bool) -> Estimator:
+    predictor = feedback_alignment(at_feedback_readouts=released)
+    part = Part(None, insertions.activations(), ("batch",), rules.prediction_only, predictor)
+    return Estimator(network, target, (part,))
+
+
+@_recipe("lillicrap2016", passes=lambda draws: 3)
+def fa(network: Network, *, released: bool = False) -> Estimator:
+    """Feedback alignment: backpropagation of the final loss whose way back goes through fixed random weights, δ_l = J_l(δ_{l+1} B) (Lillicrap 2016).
+
+    B is drawn as the weights are, J_l the exact Jacobian of normalisation and nonlinearity. Biased; the weights align with B. No weight is
+    used on the way back, which goes through the whole network all the same. Cost: 3 passes. Memory: as `bp`, and B.
+
+    Args:
+      released: what the code released with Ren et al. 2023 computes under this name: as `l_fa` with `released`, the final loss reaching no
+        layer. Its local heads' gradients are patches times groups times larger there, which changes nothing else, and are not so here.
+    """
+    return _by_replay(network, targets.local(cut=False) if released else targets.global_loss(), released)
+
+
+@_recipe("lillicrap2016", "ren2023", passes=lambda draws: 3)
+def l_fa(network: Network, *, released: bool = False) -> Estimator:
+    """Feedback alignment of the sum of all blocks' local losses, end to end: the target of `l-bp` (Ren et al. 2023, section 6).
+
+    Each local head has fixed random feedback weights of its own. Biased. Cost and memory as `fa`.
+
+    Args:
+      released: as the released code of Ren et al. 2023: a local error is softmax(h B + b) - y, at the outputs of the *feedback* head, so that
+        the head's own kernel influences no layer. Not mirrored: heads here learn by their true error, where the released code trains their
+        biases b by that of the feedback head.
+    """
+    return _by_replay(network, targets.local(cut=False), released)
+
+
+@_recipe("lillicrap2016", "nokland2019", "ren2023", passes=lambda draws: 3)
+def lg_fa(network: Network, *, released: bool = False) -> Estimator:
+    """Local greedy feedback alignment: within each block, of its own loss: the target of `lg-bp` (Nøkland & Eidnes 2019; Ren et al. 2023).
+
+    Biased. Cost: 3 passes. Memory: one block's activations where blocks are streamed, and B.
+
+    Args:
+      released: as in `l_fa`.
+    """
+    return _by_replay(network, targets.local(), released)
+
+
 @_recipe("nokland2016", passes=lambda draws: 2)
-def dfa(network: Network, *, mask: bool = True) -> Estimator:
+def dfa(network: Network, *, mask: bool = True, released: bool = False) -> Estimator:
     """Direct feedback alignment: the output error through a fixed random matrix is each layer's credit, δ_l = e B_l (Nøkland 2016).
 
     B_l ~ U(±√(6/n_l)), n_l the layer's units. Biased; aligns with the gradient as the weights adapt. Cost: 2 passes. Memory: one matrix
@@ -239,8 +296,12 @@ def dfa(network: Network, *, mask: bool = True) -> Estimator:
 
     Args:
       mask: for taps before ReLUs, the ReLU's derivative, so that the feedback arrives at the layer's output as published. False for taps after.
+      released: what the code released with Ren et al. 2023 computes under this name, a local loss on every layer with a fixed random readout
+        of the mean over patches (over features after token mixing); the output error is not used. See `guesses.layer_readout`.
     """
-    part = Part(None, insertions.activations(), ("batch",), rules.prediction_only, feedback.direct_feedback(mask=mask))
+    fixed = feedback.direct_feedback(mask=mask)
+    predictor = layer_readout(relu=mask, averaged={"token": "feature"}) if released else fixed
+    part = Part(None, insertions.activations(), ("batch",), rules.prediction_only, predictor)
     return Estimator(network, targets.global_loss(), (part,))
 
 

@@ -109,7 +109,7 @@ def _passage(method: Method, params: Any, model_state: Any, batch: Mapping[str, 
 
     def look(params: Any, model_state: Any, batch: Mapping[str, Any]) -> None:
         step = Step(method.network, method.target, params, model_state, batch)
-        sites = {site for part in method.parts for site in step.sites(part)}
+        sites = {site for part in method.parts for site in step.landings(part).values()}
         for i, block in enumerate(method.network.blocks[:-1]):
             leaves = [f"{block.name}#{path}" not in sites for path in leaf_paths(params[block.name]["layers"])]
             cut = {name for site, (position, name) in step.run.where.items() if position == i and site in sites}
@@ -410,9 +410,9 @@ def _global(
     def credited(step: Step, apart: Mapping[int, Named], taps: bool) -> dict[str, Named]:
         coefficients = {**together, **apart}
         return {
-            site: credit.credit(where.axes, coefficients[number], u[site], None)
+            landing: credit.credit(where.axes, coefficients[number], u[site], None)
             for number, (part, u) in enumerate(zip(method.parts, drawn(step), strict=True))
-            for site, where in step.sites(part).items()
+            for (site, where), landing in zip(step.sites(part).items(), step.landings(part).values(), strict=True)
             if (where.kind == "tap") == taps
         }
 

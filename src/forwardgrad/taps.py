@@ -8,7 +8,7 @@ tap for a pair `(record, downstream)`: what to write down, and what the rest of 
 | `record` | `z` | reading activations |
 | `displace` | `z + eps` | directional derivatives with respect to activations |
 | `cut` | `stop_gradient(z)` | a gradient that is one layer deep |
-| `replay` | `stored + z - stop_gradient(z)` | a backward pass through other weights: feedback alignment |
+| `replay` | the value stored, with the derivative of `z` | a backward pass through other weights: feedback alignment |
 
 Taps survive `jit`, `vmap`, `jax.checkpoint` and `grad`, nested in any way. Under `vmap` a tap gains the mapped axis in front, under its
 `axis_name` (an anonymous name where there is none, which no loss shares). Every import of private JAX names of this project is in this file.
@@ -16,7 +16,7 @@ Taps survive `jit`, `vmap`, `jax.checkpoint` and `grad`, nested in any way. Unde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,21 +39,21 @@ ad.primitive_jvps[tap_p] = lambda primals, tangents, **params: (tap_p.bind(*prim
 ad.primitive_transposes[tap_p] = lambda cotangent, z, **params: (cotangent,)
 
 
-def _batch(axis_data: Any, args: Any, dims: Any, *, name: str, axes: tuple[str, ...]) -> tuple[Any, Any]:
+def _batch(axis_data: Any, args: Any, dims: Any, *, name: str, axes: tuple[str, ...], passive: bool) -> tuple[Any, Any]:
     """The mapped axis goes to the front, so that a tap's layout does not depend on how the layer below happened to be batched."""
     (z,), (dim,) = args, dims
     if dim is None:  # not mapped
-        return tap_p.bind(z, name=name, axes=axes), dim
+        return tap_p.bind(z, name=name, axes=axes, passive=passive), dim
     mapped = axis_data.name if isinstance(axis_data.name, str) else f"~{len(axes)}"
     axes = axis_names((mapped, *axes), f"tap {name!r} under vmap")
-    return tap_p.bind(jnp.moveaxis(z, dim, 0), name=name, axes=axes), 0
+    return tap_p.bind(jnp.moveaxis(z, dim, 0), name=name, axes=axes, passive=passive), 0
 
 
 # The plain batching table does not see the name of the mapped axis; this one does.
 batching.fancy_primitive_batchers[tap_p] = _batch
 
 
-def tap(z: jax.Array, name: str, axes: str | Sequence[str]) -> jax.Array:
+def tap(z: jax.Array, name: str, axes: str | Sequence[str], *, passive: bool = False) -> jax.Array:
     """Mark an activation, so that estimators can displace it, cut it or read it. The identity otherwise.
 
     Put it right before the nonlinearity, or at a layer's output; an estimator differentiates one layer deep below it.
@@ -63,6 +63,8 @@ def tap(z: jax.Array, name: str, axes: str | Sequence[str]) -> jax.Array:
       name: its name, unique within one block (or within the function, where there are no blocks).
       axes: the names of its axes, e.g. `"batch patch group channel"`. A name that the loss has too asserts that the slices along that axis
         reach no other slice of the loss; `forwardgrad.checks.separable` verifies it.
+      passive: recorded and replayed, but displaced and cut only where `only=` gives its full name. For the output of a linear layer that a
+        normalisation follows, next to the tap below the nonlinearity: feedback alignment needs its value.
 
     Returns:
       `z`.
@@ -82,7 +84,7 @@ def tap(z: jax.Array, name: str, axes: str | Sequence[str]) -> jax.Array:
             f"tap {name!r} names {len(names)} axes ({' '.join(names)}) but the array has rank {jnp.ndim(z)} and shape {jnp.shape(z)}: "
             "name every axis once, in order."
         )
-    return tap_p.bind(jnp.asarray(z), name=name, axes=names)
+    return tap_p.bind(jnp.asarray(z), name=name, axes=names, passive=passive)
 
 
 class Program(NamedTuple):
@@ -94,15 +96,20 @@ class Program(NamedTuple):
     @property
     def taps(self) -> list[str]:
         """Names of all taps, in order of execution."""
-        return list(_tap_names(self.closed.jaxpr))
+        return [params["name"] for params in _taps(self.closed.jaxpr)]
+
+    @property
+    def passive(self) -> list[str]:
+        """Names of the passive ones."""
+        return [params["name"] for params in _taps(self.closed.jaxpr) if params["passive"]]
 
 
 def _inner(eqn: Any) -> list[Any]:
     return [getattr(j, "jaxpr", j) for j in core.jaxprs_in_params(eqn.params)]
 
 
-def _tap_names(jaxpr: Any, within: str = ""):
-    """All tap names; raises where a tap cannot be visited."""
+def _taps(jaxpr: Any, within: str = "") -> Iterator[Mapping[str, Any]]:
+    """What all taps were marked with; raises where a tap cannot be visited."""
     for eqn in jaxpr.eqns:
         primitive = eqn.primitive.name
         if eqn.primitive is tap_p:
@@ -111,11 +118,11 @@ def _tap_names(jaxpr: Any, within: str = ""):
                     f"tap {eqn.params['name']!r} is inside `{within}`, where it cannot be visited: move it out, unroll the loop, "
                     "or give the network as blocks."
                 )
-            yield eqn.params["name"]
+            yield eqn.params
         else:
             reachable = primitive in ("jit", "pjit", "checkpoint", "remat", "remat2")
             for inner in _inner(eqn):
-                yield from _tap_names(inner, within or ("" if reachable else primitive))
+                yield from _taps(inner, within or ("" if reachable else primitive))
 
 
 def trace(function: Callable, *args: Any) -> Program:
@@ -126,15 +133,16 @@ def trace(function: Callable, *args: Any) -> Program:
     """
     flat, structure = jax.tree.flatten(args)
     closed, out = jax.make_jaxpr(lambda *leaves: function(*structure.unflatten(leaves)), return_shape=True)(*flat)
+    program = Program(closed, jax.tree.structure(out))
     seen: set[str] = set()
-    for name in _tap_names(closed.jaxpr):
+    for name in program.taps:
         if name in seen:
             raise InputError(
                 f"two taps are called {name!r}: give each tap of a block its own name (a gradient of a jax.checkpoint inside the function also "
                 "repeats its taps: take the gradient outside)."
             )
         seen.add(name)
-    return Program(closed, jax.tree.structure(out))
+    return program
 
 
 def evaluate(program: Program, args: Sequence[Any], visit: Visit) -> tuple[Any, dict[str, Any]]:
@@ -146,6 +154,12 @@ def evaluate(program: Program, args: Sequence[Any], visit: Visit) -> tuple[Any, 
     leaves = jax.tree.leaves(tuple(args))
     outs, records = _evaluate(program.closed.jaxpr, program.closed.consts, leaves, visit)
     return jax.tree.unflatten(program.structure, outs), records
+
+
+def run(program: Program, args: Sequence[Any]) -> Any:
+    """Run a traced function as it is, with its taps."""
+    outs = core.eval_jaxpr(program.closed.jaxpr, program.closed.consts, *jax.tree.leaves(tuple(args)))
+    return jax.tree.unflatten(program.structure, outs)
 
 
 def reached(program: Program, sources: Sequence[bool], cut: Collection[str]) -> Any:
@@ -169,7 +183,7 @@ def _reached(jaxpr: Any, flags: Sequence[bool], cut: Collection[str]) -> list[bo
     hit = lambda v: not isinstance(v, Literal) and v in marked
     for eqn in jaxpr.eqns:
         ins = [hit(v) for v in eqn.invars]
-        inner = [j for j in _inner(eqn) if any(True for _ in _tap_names(j))]
+        inner = [j for j in _inner(eqn) if any(True for _ in _taps(j))]
         if inner:  # `jit` or `checkpoint`: nothing else may hold taps
             outs = _reached(inner[0], ins, cut)
         else:
@@ -203,7 +217,7 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], visit: Vis
             if written is not None:
                 records[name] = written
             outs = [downstream]
-        elif any(True for inner in _inner(eqn) for _ in _tap_names(inner)):
+        elif any(True for inner in _inner(eqn) for _ in _taps(inner)):
             outs, written = _enter(eqn, ins, visit)
             records.update(written)
         else:
@@ -233,11 +247,6 @@ def record(name: str, axes: tuple[str, ...], z: jax.Array) -> tuple[Named, jax.A
     return Named(z, axes), z
 
 
-def keep(name: str, axes: tuple[str, ...], z: jax.Array) -> tuple[None, jax.Array]:
-    """Visitor: leave every tap where it is."""
-    return None, tap_p.bind(z, name=name, axes=axes)
-
-
 def displace(eps: Mapping[str, Named]) -> Visit:
     """Visitor: add `eps[name]` to the activations named in it. An axis that `eps` lacks shares one displacement."""
 
@@ -262,13 +271,23 @@ def replay(stored: Mapping[str, Named]) -> Visit:
     """Visitor: downstream sees the stored values, with the derivative of the computation that runs now.
 
     Run with other weights, the backward pass goes through those weights at the stored activations (feedback alignment); with the weights
-    that made the stored values it is backpropagation exactly. The taps must stand before the nonlinearities.
+    that made the stored values it is backpropagation exactly. A tap, passive or not, must stand at each linear layer's output: what follows
+    it, normalisation and nonlinearity, then has the derivative at the true activations.
     """
 
     def visit(name: str, axes: tuple[str, ...], z: jax.Array) -> tuple[None, jax.Array]:
         if name not in stored:
             raise unknown("stored activation", name, stored, "Replay what the same network recorded.")
         value = spread(stored[name], dict(zip(axes, z.shape, strict=True))).value
-        return None, jax.lax.stop_gradient(value) + z - jax.lax.stop_gradient(z)
+        return None, _pinned(value.astype(z.dtype), z)
 
     return visit
+
+
+@jax.custom_jvp
+def _pinned(value: jax.Array, z: jax.Array) -> jax.Array:
+    """`value`, with the derivative of `z`, whose own value nobody asks for: XLA leaves out what only it needs."""
+    return value
+
+
+_pinned.defjvp(lambda primals, tangents: (primals[0], tangents[1]))

@@ -135,7 +135,8 @@ class Step:
         out: dict[str, Site] = {}
         if part.insertion.taps is not None:
             choice = part.insertion.taps
-            for site in choice.select({site: name for site, (_, name) in self.run.where.items()}, self.alone):
+            names = {site: name for site, (_, name) in self.run.where.items()}
+            for site in choice.select(names, self.alone, self.run.passive):
                 block, name = self.run.where[site]
                 z = self.taps[site]
                 noise = choice.noise_axes(name, z.axes)
@@ -191,6 +192,26 @@ class Step:
             )
         return out
 
+    def landings(self, part: Part) -> dict[str, str]:
+        """For each site of the part the site that its credit is handed to: itself, unless the insertion says otherwise (`credit_at`).
+
+        Raises:
+          InputError: that is no tap, or one of another shape.
+        """
+        out = {}
+        for site, displaced in self.sites(part).items():
+            out[site] = site
+            if displaced.kind == "weight" or part.insertion.taps is None or part.insertion.taps.credit_at is None:
+                continue
+            name = part.insertion.taps.credit_at(displaced.name)
+            other = out[site] = site.removesuffix(displaced.name) + name
+            if other not in self.taps or self.taps[other].sizes != self.taps[site].sizes:
+                raise InputError(
+                    f"the credit of {site!r} cannot be handed to {other!r}, which is no tap with the axes {' '.join(displaced.axes)}: mark the "
+                    f"layer's output with forwardgrad.tap(z, {name!r}, ..., passive=True), or leave credit_at out (--norm-gradient)."
+                )
+        return out
+
     def position(self, site: str) -> int:
         """Position of a site's block in this network."""
         if site in self.run.where:
@@ -227,29 +248,29 @@ class Step:
             sites = {name: site for name, site in all_sites.items() if self.position(name) in scope.blocks}
             if not sites:
                 continue
-            readouts = {
-                b.name: b.readout for b in (self.network.blocks[i] for i in scope.blocks) if b.readout is not None
-            }
             outputs = self.terms[scope.terms[-1]].outputs if scope.terms else None
+            errors = {self.network.blocks[t].name: self._error(t) for t in scope.terms}
+            own = tuple(self.network.blocks[i] for i in scope.blocks)
             out[scope] = View(
                 sites=sites,
                 taps={name: z for name, z in self.taps.items() if self.run.where[name][0] in scope.blocks},
                 outputs=outputs,  # pyright: ignore[reportArgumentType]
-                error=self._error(scope, outputs),  # pyright: ignore[reportArgumentType]
-                readouts=readouts,
-                params={self.network.blocks[i].name: self.params[self.network.blocks[i].name] for i in scope.blocks},
+                error=list(errors.values())[-1] if errors else None,  # pyright: ignore[reportArgumentType]
+                errors=errors,
+                readouts={b.name: b.readout for b in own if b.readout is not None},
+                params={b.name: self.params[b.name] for b in own},
                 batch=self.batch,
                 partition=part.partition,
                 draws=part.draws,
                 forward=lambda params, visit, greedy=False, scope=scope: self.forward(scope, params, visit, greedy),
+                read=lambda params, visit, scope=scope: self.read(scope, params, visit),
+                draw=lambda key, own=own: Network(own).init(key)[0],
             )
         return out
 
-    def _error(self, scope: Scope, outputs: Named | None) -> Named | None:
-        """Derivative of the scope's last loss with respect to its outputs."""
-        if outputs is None:
-            return None
-        readout = self.network.blocks[scope.terms[-1]].readout
+    def _error(self, term: int) -> Named:
+        """Derivative of a loss with respect to its readout's outputs."""
+        outputs, readout = self.terms[term].outputs, self.network.blocks[term].readout
         assert readout is not None
         loss = lambda value: weighed(readout.loss(Named(value, outputs.axes), self.batch), self.batch).value.sum()
         return Named(jax.grad(loss)(outputs.value), outputs.axes)
@@ -266,9 +287,14 @@ class Step:
         wanted = terms if greedy else {t: terms[t] for t in scope.terms}
         return jnp.sum(jnp.stack([term.loss for term in wanted.values()])), records
 
+    def read(self, scope: Scope, params: Mapping[str, Any], visit: taps.Visit) -> dict[str, Named]:
+        """The outputs of every readout whose loss the scope receives, with other parameters for its blocks."""
+        terms = self.run({**self.params, **params}, visit).terms
+        return {self.network.blocks[t].name: terms[t].outputs for t in scope.terms}
+
     def run_part(self, part: Part, key: jax.Array, state: Any) -> tuple[dict[str, Named], Any]:
-        """Credits of the part's sites, and what its guesses observed."""
-        views = self.views(part)
+        """Credits of the part's sites, where they land, and what its guesses observed."""
+        views, landings = self.views(part), self.landings(part)
         u: dict[str, Named] = {}
         p: dict[str, Named] = {}
         for scope, view in views.items():
@@ -293,7 +319,7 @@ class Step:
                 scalar, squared = credit.scalars(du["cells"], own_u, own_p, part.partition)
                 coefficient = credit.coefficients(part.rule, scalar, squared, weight)
             for name, site in view.sites.items():
-                credits[name] = credit.credit(site.axes, coefficient, own_u.get(name), own_p.get(name))
+                credits[landings[name]] = credit.credit(site.axes, coefficient, own_u.get(name), own_p.get(name))
             learning = {"guess": part.guess, "predictor": part.predictor}
             statistics[scope.name] = {
                 role: guess.observe(state[scope.name][role], view, own_u, du)

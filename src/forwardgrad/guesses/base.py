@@ -46,6 +46,7 @@ class View(NamedTuple):
       taps: `{tap: Named}` activations of all taps of the scope.
       outputs: of the scope's last readout; it and `error` are `None` where a sitewise guess is asked block by block.
       error: derivative of the scope's last loss with respect to `outputs`; contains the example weights.
+      errors: the same for every loss of the scope, by block; empty where a sitewise guess is asked block by block.
       readouts: `{block: readout}` of all blocks of the scope that have one; the last is the one of `outputs`.
       params: of the scope's blocks.
       batch: `inputs` (of the network, or of the block where blocks are streamed), `labels`, `weight`, `index` (global numbers of the examples).
@@ -53,18 +54,23 @@ class View(NamedTuple):
       draws: how many directions are wanted.
       forward: `(params, visit, greedy=False) -> (loss, records)`, the scope's loss under another visitor or other parameters. With
         `greedy=True` every block's local loss, cut between blocks.
+      read: `(params, visit) -> {block: outputs}` likewise, of the readouts that `errors` names.
+      draw: `key -> params`, fresh parameters for the scope's blocks, drawn as the network's own initial ones.
     """
 
     sites: Mapping[str, Site]
     taps: Mapping[str, Named]
     outputs: Named
     error: Named
+    errors: Mapping[str, Named]
     readouts: Mapping[str, Readout]
     params: Any
     batch: Mapping[str, Any]
     partition: tuple[str, ...]
     draws: int
-    forward: Callable
+    forward: Callable[..., tuple[jax.Array, Mapping[str, Any]]]
+    read: Callable[..., Mapping[str, Named]]
+    draw: Callable[[jax.Array], Mapping[str, Any]]
 
 
 def _no_state(key: jax.Array, view: View) -> tuple[()]:

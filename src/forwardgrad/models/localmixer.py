@@ -2,9 +2,10 @@
 
 Block 0 is channel mixing, linear then grouped linear; every later block begins with token mixing and ends with a residual sum. Each layer is
 
-    normalise? - linear - normalise? - [tap] - ReLU
+    normalise? - linear - [passive tap] - normalise? - [tap] - ReLU
 
 with the residual added before the last tap: a tap is the last thing before its unit's ReLU, and its activation says whether the unit is on.
+The linear layer below the tap "channel" ends in the passive tap "channel/linear", and so on.
 Shapes: N examples, P patches, G groups, D channels per group, C = G D.
 """
 
@@ -192,9 +193,11 @@ class Channels(nnx.Module):
         """[N, P, F] to [N, P, G, D]; `residual` is added before the last nonlinearity."""
         n, p, _ = x.shape
         z = self._again(self.channel, self.channel(self.before(x)))
+        z = tap(z, "channel/linear", "batch patch group channel", passive=True)
         z = self.after(z.reshape(n, p, -1)).reshape(n, p, self.groups, -1)  # normalised over all C channels
         h = jax.nn.relu(tap(z, "channel", "batch patch group channel"))
-        z = self.after_grouped(self.grouped(self.before_grouped(h)))
+        z = tap(self.grouped(self.before_grouped(h)), "grouped/linear", "batch patch group channel", passive=True)
+        z = self.after_grouped(z)
         z = z if residual is None else z + residual
         return jax.nn.relu(tap(z, "grouped", "batch patch group channel"))
 
@@ -226,6 +229,7 @@ class MixerBlock(Channels):
         n, p, _, _ = h.shape
         z = self._again(self.token, self.token(self.begin(h.reshape(n, p, -1))))
         # every channel of a token feeds all groups, so that this axis is no group axis
+        z = tap(z, "token/linear", "batch patch feature", passive=True)
         x = jax.nn.relu(tap(self.after_token(z), "token", "batch patch feature"))
         return super().__call__(x, h)
 

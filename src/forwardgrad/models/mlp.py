@@ -21,7 +21,7 @@ ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh}
 
 
 class Layer(nnx.Module):
-    """Linear, BatchNorm if wanted, a tap, the nonlinearity."""
+    """Linear, a passive tap, BatchNorm if wanted, a tap, the nonlinearity."""
 
     def __init__(self, config: MLP, inputs: int, units: int, rngs: nnx.Rngs):
         self.linear = nnx.Linear(inputs, units, kernel_init=jax.nn.initializers.he_normal(), rngs=rngs)
@@ -29,7 +29,7 @@ class Layer(nnx.Module):
         self.activation, self.after = config.activation, config.taps == "after"
 
     def __call__(self, h: jax.Array) -> jax.Array:
-        z = self.linear(h.reshape(h.shape[0], -1))
+        z = tap(self.linear(h.reshape(h.shape[0], -1)), "input/linear", "batch unit", passive=True)
         if self.norm is not None:
             z = self.norm(z)
         nonlinearity = ACTIVATIONS[self.activation]

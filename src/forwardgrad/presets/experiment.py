@@ -51,8 +51,10 @@ class Experiment(Generic[M]):
     """directions per step, averaged"""
     mask: bool = True
     """do not perturb units that their ReLU switches off, for methods that perturb activations"""
-    released_scale: bool = False
-    """fg-a only: N times the estimate, as the released code of Ren et al. 2023"""
+    norm_gradient: bool = True
+    """lg-fg-a only; False: credit the linear layers' outputs, skipping the Jacobian of the normalisation after them; biased"""
+    variant: Literal["paper", "released"] = "paper"
+    """fg-a, fa, l-fa, lg-fa, dfa: as in the paper, or as the code released with Ren et al. 2023 computes what it calls so"""
     alpha: float = 1e-3
     """fdfa only: rate of the moving average of the feedback matrices"""
     flip: bool = False
@@ -85,7 +87,8 @@ class Experiment(Generic[M]):
             "guess": GUESSES[self.guess](),
             "draws": self.draws,
             "mask": self.mask,
-            "released_scale": self.released_scale,
+            "norm_gradient": self.norm_gradient,
+            "released": self.variant == "released",
             "alpha": self.alpha,
         }
         if self.precision != "float32":
@@ -126,8 +129,9 @@ class Experiment(Generic[M]):
             raise InputError(
                 f"microbatches of {self.microbatch} do not divide a batch of {self.batch_size}: set --microbatch to a divisor, to 0 or to auto."
             )
-        if self.guess not in GUESSES:
-            raise unknown("guess", self.guess, GUESSES)
+        for name, value, known in (("guess", self.guess, GUESSES), ("variant", self.variant, ("paper", "released"))):
+            if value not in known:
+                raise unknown(name, value, known)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values; the model under `model`, with its name."""
