@@ -192,7 +192,7 @@ def lg_fg_a(
     Args:
       mask: leave out units that their ReLU switches off (section 3.6).
       norm_gradient: False hands the credit of what a normalisation gives to the linear layer below it unchanged, leaving out the Jacobian of
-        the normalisation (Table 5, columns without "NG"). Biased; the same where nothing is normalised after the linear layers.
+        the normalisation (Table 5, columns "NG"). Biased; the same where nothing is normalised after the linear layers.
     """
     guess = guess or rademacher()
     return estimator(
