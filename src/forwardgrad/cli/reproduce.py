@@ -1,0 +1,137 @@
+"""run a published cell, and compare its error with the paper's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from forwardgrad import recipes, reproductions
+from forwardgrad.cli.options import Places, flags
+from forwardgrad.errors import Diverged, InputError
+from forwardgrad.presets import Experiment
+from forwardgrad.reproductions import records
+from forwardgrad.reproductions.cells import Cell, expected
+
+ABOUT = (
+    "Run PAPER:TABLE[:COLUMN[:METHOD]], one cell or every cell that begins so, and compare the test error with the paper's: in range within the "
+    "larger of 0.3 points and three standard errors on the test images, else better or worse. The exit code is 1 where a run is worse or "
+    "diverges. The range is that of the paper's whole length: a shortened run (fewer --epochs, or --train-images) is marked so, and never fails. "
+    "Repeating the command goes on where it stopped and keeps what is finished."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(Places):
+    """Where runs and records go."""
+
+    runs: Path = Path("runs/reproduce")
+    """directory of the run directories"""
+    results: Path = Path("results")
+    """directory of the records, one JSON file per run"""
+    quiet: bool = False
+    """show no progress"""
+
+
+def run(argv: list[str]) -> int:
+    """`forwardgrad reproduce PAPER:TABLE[:COLUMN[:METHOD]] [flags]`."""
+    argv = list(argv)
+    tables = [f"{paper}:{table}" for paper, found in reproductions.papers().items() for table in found]
+    if argv and not argv[0].startswith("-"):
+        cells = reproductions.find(argv.pop(0))
+    elif {"-h", "--help"} & set(argv):
+        cells = reproductions.find(tables[0])
+    else:
+        raise InputError(f"forwardgrad reproduce needs a table, a column or a cell: {', '.join(tables)}.")
+    about = f"{ABOUT} Tables: {', '.join(tables)}."
+    usage = "PAPER:TABLE[:COLUMN[:METHOD]]"
+    jobs: list[tuple[Cell, Experiment[Any]]] = []
+    options = Options()
+    for cell in cells:
+        experiment, options = flags("reproduce", argv, cell.experiment, Options(), about, usage)
+        _check(cell, experiment)
+        jobs.append((cell, experiment))
+    done = []
+    for number, (cell, experiment) in enumerate(jobs):
+        if not options.quiet:
+            Console(stderr=True).print(f"[bold]{cell.name}[/bold] ({number + 1} of {len(jobs)})", highlight=False)
+        done.append(_one(cell, experiment, options))
+    _print(jobs, done)
+    failed = [one for _, one in done if one["verdict"] in ("worse", "diverged") and not one["shortened"]]
+    return 1 if failed else 0
+
+
+def _check(cell: Cell, experiment: Experiment[Any]) -> None:
+    """Refuse before the first run what no run could be compared with, or could not train."""
+    recipes.find(experiment.method)
+    for name, value, its in (
+        ("method", experiment.method, cell.experiment.method),
+        ("dataset", experiment.dataset, cell.experiment.dataset),
+        ("model", type(experiment.model), type(cell.experiment.model)),
+        ("validation", experiment.validation, 0),
+    ):
+        if value != its:
+            raise InputError(f"{cell.name} says which {name} is meant: leave --{name} out, or use `forwardgrad train`.")
+    experiment.check()
+
+
+def _one(cell: Cell, experiment: Experiment[Any], options: Options) -> tuple[Path, dict[str, Any]]:
+    """Run a cell, or find it finished, and write its record."""
+    from forwardgrad.diagnostics import cost
+    from forwardgrad.training.loop import finished, train
+    from forwardgrad.training.metrics import write_json
+
+    stem = records.stem(cell, experiment)
+    directory = options.runs / cell.paper / cell.table / stem
+    path = options.results / cell.paper / cell.table / f"{stem}.json"
+    result = finished(directory, experiment)
+    before = json.loads(path.read_text()) if result is not None and path.exists() else None
+    if result is None:
+        try:
+            result = train(
+                experiment,
+                directory,
+                preset=cell.preset,
+                resume=True,
+                data_dir=options.data_dir,
+                offline=options.offline,
+                quiet=options.quiet,
+            )
+        except Diverged as error:
+            result = records.diverged(cell, experiment, str(error))
+    one = records.record(cell, experiment, result, cost.device())
+    if before is not None:  # what is kept was made by what it says
+        one |= {name: before[name] for name in ("command", "hardware", "commit")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, one)
+    return path, one
+
+
+def _print(jobs: list[tuple[Cell, Experiment[Any]]], done: list[tuple[Path, dict[str, Any]]]) -> None:
+    table = Table(title="errors in percent, test / train")
+    for column in ("cell", "paper", "here", "range", "verdict", "record"):
+        table.add_column(column, justify="right" if column in ("paper", "here", "range") else "left", overflow="fold")
+    for (cell, _), (path, one) in zip(jobs, done, strict=True):
+        if cell.printed:
+            low, high = expected(cell.printed)
+            theirs, between = f"{cell.printed.test:.2f} / {cell.printed.train:.2f}", f"{low:.2f} to {high:.2f}"
+        else:
+            theirs, between = "-", "-"
+        mine = "-" if one["test_error"] is None else f"{one['test_error']:.2f} / {one['train_error']:.2f}"
+        table.add_row(cell.name, theirs, mine, between, said(one), str(path))
+    Console(width=max(Console().width, 170)).print(table)
+
+
+def said(one: dict[str, Any]) -> str:
+    """A record's verdict in words; of a shortened run with the distance from the paper's error."""
+    words = one["verdict"] or "no number printed"
+    if not one["shortened"]:
+        return words
+    far = ""
+    if one["test_error"] is not None and one["paper_test_error"] is not None:
+        far = f" {one['test_error'] - one['paper_test_error']:+.2f}"
+    return f"shortened:{far} ({words})"
