@@ -17,6 +17,7 @@ from forwardgrad.presets import Experiment
 from forwardgrad.reproductions import records
 from forwardgrad.reproductions.cells import Cell, expected
 
+MADE = "made.json"  # in a run's directory: what it was made on and by
 ABOUT = (
     "Run PAPER:TABLE[:COLUMN[:METHOD]], one cell or every cell that begins so, and compare the test error with the paper's: in range within the "
     "larger of 0.3 points and three standard errors on the test images, else better or worse. The exit code is 1 where a run is worse or "
@@ -61,6 +62,7 @@ def run(argv: list[str]) -> int:
             Console(stderr=True).print(f"[bold]{cell.name}[/bold] ({number + 1} of {len(jobs)})", highlight=False)
         done.append(_one(cell, experiment, options))
     _print(jobs, done)
+    _draw(cells, done[-1][1], options.results)
     failed = [one for _, one in done if one["verdict"] in ("worse", "diverged") and not one["shortened"]]
     return 1 if failed else 0
 
@@ -80,35 +82,67 @@ def _check(cell: Cell, experiment: Experiment[Any]) -> None:
 
 
 def _one(cell: Cell, experiment: Experiment[Any], options: Options) -> tuple[Path, dict[str, Any]]:
-    """Run a cell, or find it finished, and write its record."""
-    from forwardgrad.diagnostics import cost
-    from forwardgrad.training.loop import finished, train
+    """Run a cell, or find its experiment finished, and write its record."""
     from forwardgrad.training.metrics import write_json
 
     stem = records.stem(cell, experiment)
     directory = options.runs / cell.paper / cell.table / stem
+    try:
+        result, made = _known(experiment, directory, options.runs) or _run(cell, experiment, directory, options)
+    except Diverged as error:
+        result, made = records.diverged(cell, experiment, str(error)), records.made()
     path = options.results / cell.paper / cell.table / f"{stem}.json"
-    result = finished(directory, experiment)
-    before = json.loads(path.read_text()) if result is not None and path.exists() else None
-    if result is None:
-        try:
-            result = train(
-                experiment,
-                directory,
-                preset=cell.preset,
-                resume=True,
-                data_dir=options.data_dir,
-                offline=options.offline,
-                quiet=options.quiet,
-            )
-        except Diverged as error:
-            result = records.diverged(cell, experiment, str(error))
-    one = records.record(cell, experiment, result, cost.device())
-    if before is not None:  # what is kept was made by what it says
-        one |= {name: before[name] for name in ("command", "hardware", "commit")}
     path.parent.mkdir(parents=True, exist_ok=True)
+    one = records.record(cell, experiment, result, made)
     write_json(path, one)
     return path, one
+
+
+def _run(cell: Cell, experiment: Experiment[Any], directory: Path, options: Options) -> tuple[Any, Any]:
+    """Train to the end; what it was made by is kept beside the run."""
+    from forwardgrad.training.loop import train
+    from forwardgrad.training.metrics import write_json
+
+    result = train(
+        experiment,
+        directory,
+        preset=cell.preset,
+        resume=True,
+        data_dir=options.data_dir,
+        offline=options.offline,
+        quiet=options.quiet,
+    )
+    made = records.made()
+    write_json(directory / MADE, made)
+    return result, made
+
+
+def _known(experiment: Experiment[Any], own: Path, runs: Path) -> tuple[Any, Any] | None:
+    """Result and origin of a finished run of this experiment: the cell's own, or that of another cell (tables share some)."""
+    from forwardgrad.training.loop import finished
+
+    others = sorted(path.parent for path in runs.rglob("result.json"))
+    for directory in (own, *others):
+        result = finished(directory, experiment)
+        if result is not None:
+            made = directory / MADE
+            return result, json.loads(made.read_text()) if made.exists() else records.made()
+    return None
+
+
+def _draw(cells: tuple[Cell, ...], one: dict[str, Any], results: Path) -> None:
+    """The figure that the cells are of, from all records like this one."""
+    from forwardgrad.reproductions import figures
+
+    paper, table = cells[0].paper, cells[0].table
+    found = reproductions.papers()[paper][table]
+    order = {cell.name: i for i, cell in enumerate(found.cells)}
+    if found.draw is None:
+        return
+    there = records.alike(records.read(results / paper / table), one)
+    path = results / paper / f"{table}.png"
+    figures.draw(path, found, sorted(there, key=lambda r: order.get(records.name_of(r), len(order))))
+    print(f"figure: {path}")
 
 
 def _print(jobs: list[tuple[Cell, Experiment[Any]]], done: list[tuple[Path, dict[str, Any]]]) -> None:
@@ -122,16 +156,8 @@ def _print(jobs: list[tuple[Cell, Experiment[Any]]], done: list[tuple[Path, dict
         else:
             theirs, between = "-", "-"
         mine = "-" if one["test_error"] is None else f"{one['test_error']:.2f} / {one['train_error']:.2f}"
-        table.add_row(cell.name, theirs, mine, between, said(one), str(path))
+        table.add_row(cell.name, theirs, mine, between, records.said(one), str(path))
     Console(width=max(Console().width, 170)).print(table)
-
-
-def said(one: dict[str, Any]) -> str:
-    """A record's verdict in words; of a shortened run with the distance from the paper's error."""
-    words = one["verdict"] or "no number printed"
-    if not one["shortened"]:
-        return words
-    far = ""
-    if one["test_error"] is not None and one["paper_test_error"] is not None:
-        far = f" {one['test_error'] - one['paper_test_error']:+.2f}"
-    return f"shortened:{far} ({words})"
+    for _, one in done:
+        if records.bias_of(one):
+            print(f"{records.name_of(one)} is {records.bias_of(one)}")

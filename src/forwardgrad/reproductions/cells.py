@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from forwardgrad import presets
@@ -68,10 +68,12 @@ class Table(NamedTuple):
     Attributes:
       title: what it shows.
       cells: in the paper's order, column by column.
+      draw: of a figure: `(axes, records)`.
     """
 
     title: str
     cells: tuple[Cell, ...]
+    draw: Callable[[Any, list[dict[str, Any]]], None] | None = None
 
 
 class Range(NamedTuple):

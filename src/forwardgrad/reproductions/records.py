@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import forwardgrad
+from forwardgrad.diagnostics import cost
 from forwardgrad.presets import Experiment
 from forwardgrad.reproductions.cells import Cell, verdict
 
@@ -74,15 +75,14 @@ def diverged(cell: Cell, experiment: Experiment[Any], message: str) -> dict[str,
     return {**known, "epochs": experiment.epochs, **none, "version": version, "diverged": message}
 
 
-def record(cell: Cell, experiment: Experiment[Any], result: dict[str, Any], hardware: str) -> dict[str, Any]:
-    """What the file holds: the keys of `result.json`, and what is compared with what, by which command and on what."""
+def record(cell: Cell, experiment: Experiment[Any], result: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+    """What the file holds: the keys of `result.json`, and what is compared with what, by which command and on what (`made`)."""
     printed = cell.printed
     return {
         **result,
         "command": command(cell, experiment),
         "variant": variant(experiment),
-        "hardware": hardware,
-        "commit": commit(),
+        **made,
         "cell": {"paper": cell.paper, "table": cell.table, "column": cell.column, "row": cell.row},
         "changed": changed(cell, experiment),
         "paper_test_error": printed.test if printed else None,
@@ -94,6 +94,11 @@ def record(cell: Cell, experiment: Experiment[Any], result: dict[str, Any], hard
     }
 
 
+def made() -> dict[str, Any]:
+    """What runs are made on and by: hardware, and the commit of the source."""
+    return {"hardware": cost.device(), "commit": commit()}
+
+
 def commit() -> str | None:
     """Of the checkout that the package runs from; `None` where it does not run from one."""
     here = Path(forwardgrad.__file__)
@@ -103,6 +108,43 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip() or None
+
+
+def said(one: dict[str, Any]) -> str:
+    """A record's verdict in words; of a shortened run with the distance from the paper's error."""
+    words = one["verdict"] or "no number printed"
+    if not one["shortened"]:
+        return words
+    far = ""
+    if one["test_error"] is not None and one["paper_test_error"] is not None:
+        far = f" {one['test_error'] - one['paper_test_error']:+.2f}"
+    return f"shortened:{far} ({words})"
+
+
+def name_of(one: dict[str, Any]) -> str:
+    """Of the record's cell."""
+    return ":".join(one["cell"][part] for part in ("paper", "table", "column", "row"))
+
+
+def bias_of(one: dict[str, Any]) -> str:
+    """The largest measured bias in words; empty where the estimate has none."""
+    site, size = max((one["bias"] or {}).items(), key=lambda item: item[1], default=("", 0.0))
+    if size == 0.0:
+        return ""
+    return f"biased before training by at most {100 * size:.1f} % of the gradient, at {site}"
+
+
+def alike(records: list[dict[str, Any]], one: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records of one's table that differ from it in cell and seed alone."""
+    free = ("seed", "microbatch", "executor")
+    what = lambda r: (
+        r["cell"]["paper"],
+        r["cell"]["table"],
+        r["epochs"],
+        r["variant"],
+        sorted((k, str(v)) for k, v in r["changed"].items() if k not in free),
+    )
+    return [r for r in records if what(r) == what(one)]
 
 
 def read(directory: Path) -> list[dict[str, Any]]:
