@@ -87,12 +87,15 @@ def _one(cell: Cell, experiment: Experiment[Any], options: Options) -> tuple[Pat
 
     stem = records.stem(cell, experiment)
     directory = options.runs / cell.paper / cell.table / stem
+    path = options.results / cell.paper / cell.table / f"{stem}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path.parent} cannot be written ({error.strerror}): choose other --results.") from error
     try:
         result, made = _known(experiment, directory, options.runs) or _run(cell, experiment, directory, options)
     except Diverged as error:
         result, made = records.diverged(cell, experiment, str(error)), records.made()
-    path = options.results / cell.paper / cell.table / f"{stem}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     one = records.record(cell, experiment, result, made)
     write_json(path, one)
     return path, one

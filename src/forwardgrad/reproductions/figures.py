@@ -17,7 +17,9 @@ def draw(path: Path, table: Table, records: list[dict[str, Any]]) -> None:
     """The table's figure from records that differ in cell and seed alone; what they have in common is in the title."""
     one = records[0]
     images = f", first {one['changed']['train_images']} images" if "train_images" in one["changed"] else ""
-    length = f"{one['epochs']} epochs" + (f" of {one['paper_epochs']}" if one["shortened"] else "") + images
+    length = (
+        f"{one['epochs']} of " if one["epochs"] < one["paper_epochs"] else ""
+    ) + f"{one['paper_epochs']} epochs{images}"
     seeds = len({r["seed"] for r in records})
     with picture(path, 1, 1, f"{table.title}\n{one['dataset']}, {length}, {seeds} seed{'s' * (seeds > 1)}") as panels:
         assert table.draw is not None

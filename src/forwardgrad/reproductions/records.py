@@ -37,7 +37,7 @@ def variant(experiment: Experiment[Any]) -> str:
 
 def is_shortened(cell: Cell, experiment: Experiment[Any]) -> bool:
     """Whether the run sees less than the paper's: fewer epochs, or fewer images."""
-    return experiment.epochs < cell.experiment.epochs or bool(getattr(experiment, "train_images", 0))
+    return experiment.epochs < cell.experiment.epochs or experiment.train_images > 0
 
 
 def stem(cell: Cell, experiment: Experiment[Any]) -> str:
@@ -115,10 +115,9 @@ def said(one: dict[str, Any]) -> str:
     words = one["verdict"] or "no number printed"
     if not one["shortened"]:
         return words
-    far = ""
-    if one["test_error"] is not None and one["paper_test_error"] is not None:
-        far = f" {one['test_error'] - one['paper_test_error']:+.2f}"
-    return f"shortened:{far} ({words})"
+    if one["test_error"] is None or one["paper_test_error"] is None:
+        return f"shortened ({words})"
+    return f"shortened: {one['test_error'] - one['paper_test_error']:+.2f} ({words})"
 
 
 def name_of(one: dict[str, Any]) -> str:
