@@ -153,12 +153,8 @@ def _print(jobs: list[tuple[Cell, Experiment[Any]]], done: list[tuple[Path, dict
     for column in ("cell", "paper", "here", "range", "verdict", "record"):
         table.add_column(column, justify="right" if column in ("paper", "here", "range") else "left", overflow="fold")
     for (cell, _), (path, one) in zip(jobs, done, strict=True):
-        if cell.printed:
-            low, high = expected(cell.printed)
-            theirs, between = f"{cell.printed.test:.2f} / {cell.printed.train:.2f}", f"{low:.2f} to {high:.2f}"
-        else:
-            theirs, between = "-", "-"
-        mine = "-" if one["test_error"] is None else f"{one['test_error']:.2f} / {one['train_error']:.2f}"
+        between = "{:.2f} to {:.2f}".format(*expected(cell.printed)) if cell.printed else "-"
+        theirs, mine = (records.both(one[f"{whose}test_error"], one[f"{whose}train_error"]) for whose in ("paper_", ""))
         table.add_row(cell.name, theirs, mine, between, records.said(one), str(path))
     Console(width=max(Console().width, 170)).print(table)
     for _, one in done:

@@ -13,11 +13,18 @@ from forwardgrad.presets import Experiment
 
 
 class Printed(NamedTuple):
-    """Errors in percent, as a paper prints them, and where."""
+    """Errors in percent, as a paper prints them.
+
+    Attributes:
+      test, train: the errors; papers that print no train error have `None`.
+      source: where they are printed.
+      images: on how many test images.
+    """
 
     test: float
-    train: float
+    train: float | None
     source: str
+    images: int = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +90,13 @@ class Range(NamedTuple):
     high: float
 
 
-def expected(printed: Printed, images: int = 10_000) -> Range:
+def expected(printed: Printed) -> Range:
     """The printed test error ± the larger of 0.3 points and three binomial standard errors on the test images.
 
     The latter are the sampling error of the test set; 0.3 points are left to seeds where errors are small.
     """
     share = printed.test / 100
-    width = max(0.3, 300 * math.sqrt(share * (1 - share) / images))
+    width = max(0.3, 300 * math.sqrt(share * (1 - share) / printed.images))
     return Range(printed.test - width, printed.test + width)
 
 

@@ -120,6 +120,11 @@ def said(one: dict[str, Any]) -> str:
     return f"shortened: {one['test_error'] - one['paper_test_error']:+.2f} ({words})"
 
 
+def both(test: float | None, train: float | None) -> str:
+    """Two errors; a dash for one that is not known."""
+    return " / ".join("-" if error is None else f"{error:.2f}" for error in (test, train))
+
+
 def name_of(one: dict[str, Any]) -> str:
     """Of the record's cell."""
     return ":".join(one["cell"][part] for part in ("paper", "table", "column", "row"))

@@ -12,7 +12,7 @@ from forwardgrad.reproductions import records
 HEAD = """# Results
 
 Published numbers, run again: one row per run, made from the files in `{results}` by `python -m forwardgrad.reproductions.report`. Errors in percent,
-test / train. A test error is *in range* where it is as far from the paper's as 0.3 points or three of its binomial standard errors on 10,000 test
+test / train. A test error is *in range* where it is as far from the paper's as 0.3 points or three of its binomial standard errors on the test
 images, whichever is more; *better* is below that and *worse* above. The train error does not decide.
 """
 SHORT = """
@@ -64,14 +64,13 @@ def _section(title: str, found: list[dict[str, Any]]) -> str:
 
 
 def _row(one: dict[str, Any]) -> tuple[str, ...]:
-    both = lambda test, train: "-" if test is None else f"{test:.2f} / {train:.2f}"
     epochs = f"{one['epochs']} of {one['paper_epochs']}" if one["epochs"] != one["paper_epochs"] else str(one["epochs"])
     images = one["changed"].get("train_images")
     return (
         one["cell"]["column"],
         one["cell"]["row"],
-        both(one["paper_test_error"], one["paper_train_error"]),
-        both(one["test_error"], one["train_error"]),
+        records.both(one["paper_test_error"], one["paper_train_error"]),
+        records.both(one["test_error"], one["train_error"]),
         records.said(one),
         epochs + (f", first {images} images" if images else ""),
         str(one["seed"]),
