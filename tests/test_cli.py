@@ -71,6 +71,21 @@ REFUSALS = {
     "compare --methods bp,bp --out x": "give different names",
     "compare --methods bp,xp --out x": "did you mean",
     "compare --seeds 0 --out x": "--seeds must be at least 1",
+    "train --train-images 1500": "set --train-images from 1 to 1437, or to 0 for all",
+    "train --train-images 31": "set --train-images to at least that",
+    "train --losses patch": "'block+patch+group', 'block+patch'",
+    "reproduce": "needs a table, a column or a cell: ren2023:table3",
+    "reproduce ren2023": "begin with one of ren2023:table3",
+    "reproduce ren2022:table3": "did you mean 'ren2023'",
+    "reproduce ren2023:tabel3": "did you mean 'table3'",
+    "reproduce ren2023:table3:mnist-s-1-2": "did you mean 'mnist-s-1-1'",
+    "reproduce ren2023:table3:mnist-s-1-1:lgfga": "did you mean 'lg-fg-a'",
+    "reproduce ren2023:table3:mnist-s-1-1:bp:0": "is no PAPER:TABLE[:COLUMN[:METHOD]]",
+    "reproduce ren2023:table3:mnist-s-1-1:bp --method l-bp": "leave --method out",
+    "reproduce ren2023:table3:mnist-s-1-1:bp --model mlp": "leave --model out",
+    "reproduce ren2023:table3:mnist-s-1-1:bp --validation 5": "leave --validation out",
+    "reproduce ren2023:table3:mnist-s-1-1:bp --epoch 5": "did you mean '--epochs'",
+    "reproduce ren2023:table3:mnist-s-1-1:bp --data-dir nowhere --offline --quiet --results /dev/null": "choose other --results",
 }
 
 

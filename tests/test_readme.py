@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 import forwardgrad as fg
-from forwardgrad import data, guesses, models, presets, recipes, rules
+from forwardgrad import data, guesses, models, presets, recipes, reproductions, rules
 from forwardgrad.cli import main as cli
+from forwardgrad.reproductions.cells import verdict
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
@@ -162,7 +163,7 @@ def estimate(network, method, key=0):
 
 def test_contributing_shows_one_skeleton_of_each_kind():
     folders = [path.removeprefix("src/forwardgrad/").partition("/")[0] for path in skeletons()]
-    assert folders == ["guesses", "models", "data", "presets", "recipes.py", "rules.py"]
+    assert folders == ["guesses", "models", "data", "presets", "reproductions", "recipes.py", "rules.py"]
 
 
 def test_contributing_guess(tmp_path, monkeypatch):
@@ -203,6 +204,13 @@ def test_contributing_preset(tmp_path, monkeypatch):
     assert presets.about("digits-mlp").startswith("scikit-learn's handwritten digits")
     network = experiment.model.network((8, 8, 1), 10)
     estimate(network, experiment.estimator(network))
+
+
+def test_contributing_table(tmp_path, monkeypatch):
+    place("reproductions", tmp_path, monkeypatch)
+    cells = reproductions.find("readme:methods:digits")
+    assert [cell.experiment.method for cell in cells] == ["bp", "lg-bp", "lg-fg-a"]
+    assert verdict(cells[0].printed.test + 1, cells[0].printed) == "in range"  # 360 images say little
 
 
 def test_contributing_method(monkeypatch):

@@ -28,6 +28,7 @@ from forwardgrad.probes import jvp as jvp
 from forwardgrad.rules import Rule as Rule
 from forwardgrad.taps import tap as tap
 from forwardgrad.targets import global_loss as global_loss
+from forwardgrad.targets import last_local as last_local
 from forwardgrad.targets import local as local
 
 

@@ -23,6 +23,15 @@ from forwardgrad.network import Network
 
 CELLS = ("batch", "patch", "group")
 
+# Which losses lg-fg-a has: the target, and what stays apart (Ren et al. 2023, Figure 6)
+LOSSES = {
+    "block+patch+group": (targets.local(), CELLS),
+    "block+patch": (targets.local(), ("batch", "patch")),
+    "block": (targets.local(), ("batch",)),
+    "patch+group": (targets.last_local(), CELLS),
+    "global": (targets.global_loss(), ("batch",)),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -180,6 +189,7 @@ def lg_fg_a(
     guess: Guess | None = None,
     draws: int = 1,
     mask: bool = False,
+    losses: str = "block+patch+group",
     norm_gradient: bool = True,
 ) -> Estimator:
     """Local greedy activity perturbation: each unit by the loss of its own block, example, patch and group (Ren et al. 2023, section 4).
@@ -191,16 +201,26 @@ def lg_fg_a(
 
     Args:
       mask: leave out units that their ReLU switches off (section 3.6).
+      losses: where local losses are (Figure 6). `block+patch` and `block` add up what `block+patch+group` keeps apart: the same expectation, more
+        variance. `global` is the final loss, `fg-a`. `patch+group` has the last block's losses alone, no cut between blocks, and every unit of
+        any block credited with its own patch's and group's: biased, because token mixing carries it to the others too; refused without
+        `allow_bias`. All on the scale of the mean loss; the released code divides by the number of patches where patches are not apart.
       norm_gradient: False hands the credit of what a normalisation gives to the linear layer below it unchanged, leaving out the Jacobian of
         the normalisation (Table 5, columns "NG"). Biased; the same where nothing is normalised after the linear layers.
+
+    Raises:
+      InputError: unknown `losses`.
     """
     guess = guess or rademacher()
+    if losses not in LOSSES:
+        raise unknown("choice of losses", losses, LOSSES)
+    target, partition = LOSSES[losses]
     return estimator(
         network,
-        target=targets.local(),
+        target=target,
         guess=masked(guess) if mask else guess,
         insertion=insertions.activations(credit_at=None if norm_gradient else insertions.linear_output),
-        partition=CELLS,
+        partition=partition,
         draws=draws,
     )
 

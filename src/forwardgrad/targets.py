@@ -67,9 +67,30 @@ def local(cut: bool = True) -> Target:
 
     def scopes(network: Network) -> tuple[Scope, ...]:
         check(network)
-        starts = sorted({0, *cuts(network)})
-        ends = [*starts[1:], len(network.blocks)]
-        spans = [tuple(range(start, end)) for start, end in zip(starts, ends, strict=True)]
-        return tuple(Scope(network.blocks[span[-1]].name, span, span) for span in spans)
+        return tuple(Scope(network.blocks[span[-1]].name, span, span) for span in _spans(network, cuts(network)))
 
     return Target("local" if cut else "local, not cut", cuts, scopes)
+
+
+def last_local() -> Target:
+    """The last block's own loss, credited to all blocks, with nothing cut between them; a detached final readout is trained on its own.
+
+    What is left of local losses where only the last of them stays (Ren et al. 2023, Figure 6, "patch + group"). Where no readout is detached
+    this is `global_loss`.
+    """
+
+    def cuts(network: Network) -> frozenset[int]:
+        return frozenset(i for i, block in enumerate(network.blocks) if i and block.detached)
+
+    def scopes(network: Network) -> tuple[Scope, ...]:
+        spans = _spans(network, cuts(network))
+        return tuple(Scope(network.blocks[span[-1]].name, span, span[-1:]) for span in spans)
+
+    return Target("last local", cuts, scopes)
+
+
+def _spans(network: Network, cuts: frozenset[int]) -> list[tuple[int, ...]]:
+    """Positions of the blocks between cuts."""
+    starts = sorted({0, *cuts})
+    ends = [*starts[1:], len(network.blocks)]
+    return [tuple(range(start, end)) for start, end in zip(starts, ends, strict=True)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ def run(argv: list[str]) -> int:
         raise InputError("compare needs a directory for its results: add --out DIR.")
     from forwardgrad.training import auto
     from forwardgrad.training.learner import Learner
-    from forwardgrad.training.loop import load_arrays, train
+    from forwardgrad.training.loop import finished, load_arrays, train
     from forwardgrad.training.metrics import write_json
 
     runs: list[dict[str, Any]] = []
@@ -54,7 +53,7 @@ def run(argv: list[str]) -> int:
             if not options.quiet:
                 number = f"({len(runs) + 1} of {options.seeds * len(methods)})"
                 Console(stderr=True).print(f"[bold]{method}[/bold], seed {seed} {number}")
-            result = _finished(one, directory)
+            result = finished(directory, one)
             try:
                 if result is None:
                     learner = learner.with_seed(seed) if learner else Learner(one, arrays)
@@ -75,17 +74,6 @@ def run(argv: list[str]) -> int:
     _print(table, held_out)
     print(f"{options.out / 'compare.json'}, {options.out / 'compare.png'}")
     return 0
-
-
-def _finished(experiment: Any, directory: Path) -> dict[str, Any] | None:
-    """The result of a finished run of the same configuration."""
-    from forwardgrad.training.loop import read_config
-
-    try:
-        same = read_config(directory)["experiment"] == json.loads(json.dumps(experiment.to_json()))
-        return json.loads((directory / "result.json").read_text()) if same else None
-    except (InputError, OSError, ValueError):
-        return None
 
 
 def _row(method: str, runs: list[dict[str, Any]], held_out: str) -> dict[str, Any]:

@@ -52,7 +52,24 @@ def parse(command: str, argv: list[str], options: Any, about: str) -> tuple[str,
     """
     argv = list(argv)
     name = argv.pop(0) if argv and not argv[0].startswith("-") else "digits"
-    experiment = presets.find(name)
+    experiment, found = flags(command, argv, presets.find(name), options, about, "[PRESET]")
+    return name, experiment, found
+
+
+def flags(
+    command: str, argv: list[str], experiment: Experiment[Any], options: Any, about: str, usage: str
+) -> tuple[Experiment[Any], Any]:
+    """`[--model NAME] [flags]`: an experiment and options with the values of the flags in place of their own.
+
+    Args:
+      command, argv, options, about: as for `parse`.
+      experiment: holds the defaults.
+      usage: what stands between the command and its flags, for the usage line.
+
+    Raises:
+      InputError: an unknown model or flag, or a value that does not parse.
+    """
+    argv = list(argv)
     model = _take(argv, "--model")
     if model is not None and model != models.name_of(experiment.model):
         try:
@@ -67,11 +84,11 @@ def parse(command: str, argv: list[str], options: Any, about: str) -> tuple[str,
         command,
         argv,
         kind,
-        prog=f"forwardgrad {command} [PRESET]",
+        prog=f"forwardgrad {command} {usage}",
         description=about + more,
         default=_Command(experiment, options),
     )
-    return name, found.experiment, found.options
+    return found.experiment, found.options
 
 
 def method_names(text: str) -> list[str]:

@@ -85,6 +85,25 @@ class Arrays:
             test_labels=self.train_labels[-n:],
         )
 
+    def first(self, n: int) -> Arrays:
+        """The same data with the first `n` training examples only.
+
+        Args:
+          n: from 1 to the number of training examples.
+
+        Returns:
+          A copy (views of the same memory); `mean` and `std` stay as they are.
+
+        Raises:
+          InputError: there are fewer.
+        """
+        if not 1 <= n <= len(self.train_images):
+            raise InputError(
+                f"cannot take the first {n} of {len(self.train_images)} training images: set --train-images from 1 to "
+                f"{len(self.train_images)}, or to 0 for all."
+            )
+        return dataclasses.replace(self, train_images=self.train_images[:n], train_labels=self.train_labels[:n])
+
 
 class Load(Protocol):
     """Reads a data set from `data_dir`, or first fetches it there unless `offline`; `InputError` where it cannot."""

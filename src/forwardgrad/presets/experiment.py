@@ -51,6 +51,8 @@ class Experiment(Generic[M]):
     """directions per step, averaged"""
     mask: bool = True
     """do not perturb units that their ReLU switches off, for methods that perturb activations"""
+    losses: Literal["block+patch+group", "block+patch", "block", "patch+group", "global"] = "block+patch+group"
+    """lg-fg-a only: where losses are. Without `block` there is the last block's alone, or, with `global`, the final one; `patch+group` is biased"""
     norm_gradient: bool = True
     """lg-fg-a only; False: credit the linear layers' outputs, skipping the Jacobian of the normalisation after them; biased"""
     variant: Literal["paper", "released"] = "paper"
@@ -71,6 +73,8 @@ class Experiment(Generic[M]):
     where that costs no time"""
     seed: int = 0
     """of initial weights, batches, noise and augmentation"""
+    train_images: int = 0
+    """use only the first N training images, after those for validation are held out; 0: all"""
     validation: int = 0
     """hold out the last N training images and report on them instead of the test set"""
     allow_bias: bool = False
@@ -87,6 +91,7 @@ class Experiment(Generic[M]):
             "guess": GUESSES[self.guess](),
             "draws": self.draws,
             "mask": self.mask,
+            "losses": self.losses,
             "norm_gradient": self.norm_gradient,
             "released": self.variant == "released",
             "alpha": self.alpha,
@@ -113,6 +118,7 @@ class Experiment(Generic[M]):
             ("batch_size", 1),
             ("draws", 1),
             ("validation", 0),
+            ("train_images", 0),
             ("crop", 0),
             ("seed", 0),
         ):
@@ -125,6 +131,11 @@ class Experiment(Generic[M]):
         for name in ("weight_decay", "warmup_epochs", "momentum", "classifier_lr"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"--{name.replace('_', '-')} must not be negative, and is {getattr(self, name)}.")
+        if 0 < self.train_images < self.batch_size:
+            raise InputError(
+                f"{self.train_images} training images are less than a batch of {self.batch_size}: set --train-images to at least that, to 0 for "
+                "all, or take a smaller --batch-size."
+            )
         if self.microbatch != "auto" and self.microbatch and self.batch_size % self.microbatch:
             raise InputError(
                 f"microbatches of {self.microbatch} do not divide a batch of {self.batch_size}: set --microbatch to a divisor, to 0 or to auto."

@@ -18,7 +18,18 @@ from forwardgrad.presets.experiment import Experiment
 from forwardgrad.training.metrics import write_json
 
 # what changes no step's cost
-FREE = ("seed", "epochs", "lr", "schedule", "warmup_epochs", "validation", "microbatch", "allow_bias", "dataset")
+FREE = (
+    "seed",
+    "epochs",
+    "lr",
+    "schedule",
+    "warmup_epochs",
+    "validation",
+    "train_images",
+    "microbatch",
+    "allow_bias",
+    "dataset",
+)
 
 
 def memory() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import signal
@@ -24,11 +25,14 @@ from forwardgrad.training.metrics import Metrics, draw_curves, write_json
 from forwardgrad.training.optimisers import schedule
 from forwardgrad.training.progress import Progress
 
+HOW = frozenset({"microbatch", "executor"})  # fields of an experiment that change time and memory, not the result
+
 
 def load_arrays(experiment: Experiment, data_dir: Path | None, offline: bool) -> data.Arrays:
-    """The experiment's data, the validation images held out."""
+    """The experiment's data: the validation images held out, then its first training images taken."""
     arrays = data.find(experiment.dataset).load(data.data_directory(data_dir), offline=offline)
-    return arrays.validation(experiment.validation) if experiment.validation else arrays
+    arrays = arrays.validation(experiment.validation) if experiment.validation else arrays
+    return arrays.first(experiment.train_images) if experiment.train_images else arrays
 
 
 def train(
@@ -145,7 +149,8 @@ def _loop(
         if signals.arrived and step < learner.total_steps:
             raise Interrupted(
                 signals.arrived,
-                f"stopped at step {step} of {learner.total_steps}; a checkpoint is written: go on with --resume.",
+                f"stopped at step {step} of {learner.total_steps}; a checkpoint is written: go on with --resume (train), or "
+                "repeat the command (compare, reproduce).",
             )
     return state
 
@@ -201,17 +206,38 @@ def refuse_other_run(directory: Path, experiment: Experiment, resume: bool) -> N
             raise InputError(
                 f"{directory} already holds a run: continue it with --resume, or choose another --run-dir."
             )
-        there = read_config(directory)["experiment"]
-        here = json.loads(json.dumps(experiment.to_json()))
-        how = {"microbatch", "executor"}  # these change no result
-        different = sorted(k for k in {*there, *here} - how if there.get(k) != here.get(k))
+        different = differences(directory, experiment)
         if different:
-            listed = ", ".join(f"{k} ({there.get(k)} there, {here.get(k)} here)" for k in different)
+            listed = ", ".join(f"{k} ({there} there, {here} here)" for k, (there, here) in sorted(different.items()))
             raise InputError(
                 f"{directory} holds a run of another configuration: {listed}; use the same flags, or another --run-dir."
             )
     elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory} is not empty and holds no run: choose another --run-dir.")
+
+
+def differences(directory: Path, experiment: Experiment) -> dict[str, tuple[Any, Any]]:
+    """`{field: (value there, value here)}` of a directory's run and an experiment, as far as they change the result.
+
+    A field that did not exist yet when the run began has its default there.
+
+    Raises:
+      InputError: the directory holds no run, or its `config.json` is damaged.
+    """
+    there, here = read_config(directory)["experiment"], json.loads(json.dumps(experiment.to_json()))
+    with contextlib.suppress(
+        InputError, TypeError, KeyError
+    ):  # of a model or a field that is no more: compared as it is written
+        there = json.loads(json.dumps(Experiment.from_json(there).to_json()))
+    return {k: (there.get(k), here.get(k)) for k in {*there, *here} - HOW if there.get(k) != here.get(k)}
+
+
+def finished(directory: Path, experiment: Experiment) -> dict[str, Any] | None:
+    """What `result.json` holds, where the directory holds a finished run of this experiment."""
+    try:
+        return None if differences(directory, experiment) else json.loads((directory / "result.json").read_text())
+    except (InputError, OSError, ValueError):
+        return None
 
 
 def claim(directory: Path, experiment: Experiment, preset: str, arrays: data.Arrays) -> None:

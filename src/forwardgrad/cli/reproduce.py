@@ -1,0 +1,162 @@
+"""run a published cell, and compare its error with the paper's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from forwardgrad import recipes, reproductions
+from forwardgrad.cli.options import Places, flags
+from forwardgrad.errors import Diverged, InputError
+from forwardgrad.presets import Experiment
+from forwardgrad.reproductions import records
+from forwardgrad.reproductions.cells import Cell, expected
+
+MADE = "made.json"  # in a run's directory: what it was made on and by
+ABOUT = (
+    "Run PAPER:TABLE[:COLUMN[:METHOD]], one cell or every cell that begins so, and compare the test error with the paper's: in range within the "
+    "larger of 0.3 points and three standard errors on the test images, else better or worse. The exit code is 1 where a run is worse or "
+    "diverges. The range is that of the paper's whole length: a shortened run (fewer --epochs, or --train-images) is marked so, and never fails. "
+    "Repeating the command goes on where it stopped and keeps what is finished."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(Places):
+    """Where runs and records go."""
+
+    runs: Path = Path("runs/reproduce")
+    """directory of the run directories"""
+    results: Path = Path("results")
+    """directory of the records, one JSON file per run"""
+    quiet: bool = False
+    """show no progress"""
+
+
+def run(argv: list[str]) -> int:
+    """`forwardgrad reproduce PAPER:TABLE[:COLUMN[:METHOD]] [flags]`."""
+    argv = list(argv)
+    tables = [f"{paper}:{table}" for paper, found in reproductions.papers().items() for table in found]
+    if argv and not argv[0].startswith("-"):
+        cells = reproductions.find(argv.pop(0))
+    elif {"-h", "--help"} & set(argv):
+        cells = reproductions.find(tables[0])
+    else:
+        raise InputError(f"forwardgrad reproduce needs a table, a column or a cell: {', '.join(tables)}.")
+    about = f"{ABOUT} Tables: {', '.join(tables)}."
+    usage = "PAPER:TABLE[:COLUMN[:METHOD]]"
+    jobs: list[tuple[Cell, Experiment[Any]]] = []
+    options = Options()
+    for cell in cells:
+        experiment, options = flags("reproduce", argv, cell.experiment, Options(), about, usage)
+        _check(cell, experiment)
+        jobs.append((cell, experiment))
+    done = []
+    for number, (cell, experiment) in enumerate(jobs):
+        if not options.quiet:
+            Console(stderr=True).print(f"[bold]{cell.name}[/bold] ({number + 1} of {len(jobs)})", highlight=False)
+        done.append(_one(cell, experiment, options))
+    _print(jobs, done)
+    _draw(cells, done[-1][1], options.results)
+    failed = [one for _, one in done if one["verdict"] in ("worse", "diverged") and not one["shortened"]]
+    return 1 if failed else 0
+
+
+def _check(cell: Cell, experiment: Experiment[Any]) -> None:
+    """Refuse before the first run what no run could be compared with, or could not train."""
+    recipes.find(experiment.method)
+    for name, value, its in (
+        ("method", experiment.method, cell.experiment.method),
+        ("dataset", experiment.dataset, cell.experiment.dataset),
+        ("model", type(experiment.model), type(cell.experiment.model)),
+        ("validation", experiment.validation, 0),
+    ):
+        if value != its:
+            raise InputError(f"{cell.name} says which {name} is meant: leave --{name} out, or use `forwardgrad train`.")
+    experiment.check()
+
+
+def _one(cell: Cell, experiment: Experiment[Any], options: Options) -> tuple[Path, dict[str, Any]]:
+    """Run a cell, or find its experiment finished, and write its record."""
+    from forwardgrad.training.metrics import write_json
+
+    stem = records.stem(cell, experiment)
+    directory = options.runs / cell.paper / cell.table / stem
+    path = options.results / cell.paper / cell.table / f"{stem}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path.parent} cannot be written ({error.strerror}): choose other --results.") from error
+    try:
+        result, made = _known(experiment, directory, options.runs) or _run(cell, experiment, directory, options)
+    except Diverged as error:
+        result, made = records.diverged(cell, experiment, str(error)), records.made()
+    one = records.record(cell, experiment, result, made)
+    write_json(path, one)
+    return path, one
+
+
+def _run(cell: Cell, experiment: Experiment[Any], directory: Path, options: Options) -> tuple[Any, Any]:
+    """Train to the end; what it was made by is kept beside the run."""
+    from forwardgrad.training.loop import train
+    from forwardgrad.training.metrics import write_json
+
+    result = train(
+        experiment,
+        directory,
+        preset=cell.preset,
+        resume=True,
+        data_dir=options.data_dir,
+        offline=options.offline,
+        quiet=options.quiet,
+    )
+    made = records.made()
+    write_json(directory / MADE, made)
+    return result, made
+
+
+def _known(experiment: Experiment[Any], own: Path, runs: Path) -> tuple[Any, Any] | None:
+    """Result and origin of a finished run of this experiment: the cell's own, or that of another cell (tables share some)."""
+    from forwardgrad.training.loop import finished
+
+    others = sorted(path.parent for path in runs.rglob("result.json"))
+    for directory in (own, *others):
+        result = finished(directory, experiment)
+        if result is not None:
+            made = directory / MADE
+            return result, json.loads(made.read_text()) if made.exists() else records.made()
+    return None
+
+
+def _draw(cells: tuple[Cell, ...], one: dict[str, Any], results: Path) -> None:
+    """The figure that the cells are of, from all records like this one."""
+    from forwardgrad.reproductions import figures
+
+    paper, table = cells[0].paper, cells[0].table
+    found = reproductions.papers()[paper][table]
+    order = {cell.name: i for i, cell in enumerate(found.cells)}
+    if found.draw is None:
+        return
+    there = records.alike(records.read(results / paper / table), one)
+    path = results / paper / f"{table}.png"
+    figures.draw(path, found, sorted(there, key=lambda r: order.get(records.name_of(r), len(order))))
+    print(f"figure: {path}")
+
+
+def _print(jobs: list[tuple[Cell, Experiment[Any]]], done: list[tuple[Path, dict[str, Any]]]) -> None:
+    table = Table(title="errors in percent, test / train")
+    for column in ("cell", "paper", "here", "range", "verdict", "record"):
+        table.add_column(column, justify="right" if column in ("paper", "here", "range") else "left", overflow="fold")
+    for (cell, _), (path, one) in zip(jobs, done, strict=True):
+        between = "{:.2f} to {:.2f}".format(*expected(cell.printed)) if cell.printed else "-"
+        theirs, mine = (records.both(one[f"{whose}test_error"], one[f"{whose}train_error"]) for whose in ("paper_", ""))
+        table.add_row(cell.name, theirs, mine, between, records.said(one), str(path))
+    Console(width=max(Console().width, 170)).print(table)
+    for _, one in done:
+        if records.bias_of(one):
+            print(f"{records.name_of(one)} is {records.bias_of(one)}")

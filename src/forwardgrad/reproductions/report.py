@@ -1,0 +1,101 @@
+"""RESULTS.md from the records in `results/` alone: `python -m forwardgrad.reproductions.report [RESULTS] [FILE]`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from forwardgrad import reproductions
+from forwardgrad.reproductions import records
+
+HEAD = """# Results
+
+Published numbers, run again: one row per run, made from the files in `{results}` by `python -m forwardgrad.reproductions.report`. Errors in percent,
+test / train. A test error is *in range* where it is as far from the paper's as 0.3 points or three of its binomial standard errors on the test
+images, whichever is more; *better* is below that and *worse* above. The train error does not decide.
+"""
+SHORT = """
+Where the epochs are "N of M", or only the first images are used, a shortened run stands in for one of the paper's length: its verdict compares it
+with a number that took all of them, and says by how much it is off.
+"""
+COLUMNS = ("column", "method", "paper", "here", "verdict", "epochs", "seed", "variant", "time", "hardware", "command")
+
+
+def report(results: Path) -> str:
+    """The text of RESULTS.md.
+
+    Args:
+      results: directory of the records.
+    """
+    found = records.read(results)
+    parts = [HEAD.format(results=f"{results.name}/")]
+    papers = reproductions.papers()
+    for paper in sorted({one["cell"]["paper"] for one in found}):
+        parts.append(f"\n## {paper}\n")
+        known = papers.get(paper, {})
+        there = {one["cell"]["table"] for one in found if one["cell"]["paper"] == paper}
+        for table in sorted(there, key=lambda name: (_place(name, list(known)), name)):
+            title, cells = (known[table].title, known[table].cells) if table in known else (table, ())
+            order = [cell.name for cell in cells]
+            mine = [one for one in found if (one["cell"]["paper"], one["cell"]["table"]) == (paper, table)]
+            mine.sort(
+                key=lambda one: (_place(records.name_of(one), order), one["shortened"], -one["epochs"], one["command"])
+            )
+            parts.append(_section(title, mine))
+            if (results / paper / f"{table}.png").exists():
+                parts.append(f"\n![{title}]({results.name}/{paper}/{table}.png)\n")
+    if not found:
+        parts.append("\nThere is no record yet.\n")
+    return "".join(parts)
+
+
+def _place(name: str, order: list[str]) -> int:
+    """In the paper's order; last where the paper is not known to have it."""
+    return order.index(name) if name in order else len(order)
+
+
+def _section(title: str, found: list[dict[str, Any]]) -> str:
+    rows = [COLUMNS, ("---",) * len(COLUMNS), *map(_row, found)]
+    notes = [f"`{one['command']}` is {records.bias_of(one)}." for one in found if records.bias_of(one)]
+    short = SHORT if any(one["shortened"] for one in found) else ""
+    more = "".join(f"\n{note}\n" for note in dict.fromkeys(notes))
+    return f"\n### {title}\n{short}\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows) + more
+
+
+def _row(one: dict[str, Any]) -> tuple[str, ...]:
+    epochs = f"{one['epochs']} of {one['paper_epochs']}" if one["epochs"] != one["paper_epochs"] else str(one["epochs"])
+    images = one["changed"].get("train_images")
+    return (
+        one["cell"]["column"],
+        one["cell"]["row"],
+        records.both(one["paper_test_error"], one["paper_train_error"]),
+        records.both(one["test_error"], one["train_error"]),
+        records.said(one),
+        epochs + (f", first {images} images" if images else ""),
+        str(one["seed"]),
+        one["variant"],
+        "-" if one["wall_seconds"] is None else _time(one["wall_seconds"]),
+        one["hardware"],
+        f"`{one['command']}`",
+    )
+
+
+def _time(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Write RESULTS.md, or the second argument, from `results`, or the first."""
+    results, path = (*map(Path, argv), *(Path("results"), Path("RESULTS.md"))[len(argv) :])
+    path.write_text(report(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
