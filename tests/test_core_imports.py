@@ -10,7 +10,7 @@ import pytest
 import forwardgrad
 
 ROOT = Path(forwardgrad.__file__).parent
-LABORATORY = ("adapters", "models", "data", "training", "cli", "presets", "diagnostics")
+LABORATORY = ("adapters", "models", "data", "training", "cli", "presets", "diagnostics", "reproductions")
 CORE = sorted(
     str(path.relative_to(ROOT))
     for path in ROOT.rglob("*.py")
