@@ -156,8 +156,10 @@ def product() -> Compiled:
     return Compiled(lambda: _wait(compiled(a, b)), 0.0, 0.0, 0.0)
 
 
-def seconds(functions: Mapping[Any, Callable[[], None]], repeats: int) -> dict[Any, float]:
-    """Median seconds of each, the repeats of all of them interleaved, after a call to warm up."""
+def seconds(
+    functions: Mapping[Any, Callable[[], None]], repeats: int, of: Callable[[list[float]], float] = statistics.median
+) -> dict[Any, float]:
+    """Seconds of each, the repeats of all of them interleaved, after a call to warm up: their median, or `of` them."""
     taken: dict[Any, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
@@ -166,7 +168,7 @@ def seconds(functions: Mapping[Any, Callable[[], None]], repeats: int) -> dict[A
             begin = time.perf_counter()
             function()
             taken[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in taken.items()}
+    return {name: of(values) for name, values in taken.items()}
 
 
 def divisors(task: Task) -> list[int]:
