@@ -105,7 +105,7 @@ def step(task: Task, *, run: bool = True) -> Compiled:
     begin = time.monotonic()
     compiled = one.lower(jax.eval_shape(make, *weights, shapes), shapes).compile()
     seconds = time.monotonic() - begin
-    temp, arguments = _memory(compiled)
+    temp, arguments = memory(compiled)
     held: dict[str, Any] = {}
 
     def go() -> None:
@@ -120,7 +120,7 @@ def step(task: Task, *, run: bool = True) -> Compiled:
     return Compiled(go, temp, arguments, seconds)
 
 
-def _memory(compiled: Any) -> tuple[float, float]:
+def memory(compiled: Any) -> tuple[float, float]:
     """MiB of temporaries, and of arguments and results (what a result takes over from an argument counts once)."""
     memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -142,7 +142,7 @@ def forward(task: Task) -> Compiled:
     images = _batch(task)["inputs"]
     compiled = jax.jit(predict).lower(params, images).compile()
     seconds = time.monotonic() - begin
-    return Compiled(lambda: _wait(compiled(params, images)), *_memory(compiled), seconds)
+    return Compiled(lambda: _wait(compiled(params, images)), *memory(compiled), seconds)
 
 
 def _wait(result: Any) -> None:

@@ -7,8 +7,9 @@
 - *gradient*: of the mean loss by features, classifier and bias, by reverse mode;
 - *derivative*: of every loss cell along one direction in all three, by forward mode;
 
-each without the loss's value, which neither needs. Memory is XLA's temporary bytes, known without running: arguments and results are not among them. Time is
-the fastest of interleaved runs, since what else a machine does can only add to it. What would take more than half of the free memory is not run.
+each without the loss's value, which neither needs. Memory is XLA's temporary bytes, known without running: arguments and results are not among
+them. Time is the fastest of interleaved runs, since what else a machine does can only add to it. What would take more than half of the free memory
+is compiled for its number, and not run.
 
 The fused form's four costs must be the same with 1 and with 64 groups, to 15 %.
 """
@@ -49,18 +50,27 @@ def functions(form: str, batch: int, patches: int, channels: int, groups: int) -
     }
 
 
+def compiled(form: str, sizes: Sequence[int], groups: Sequence[int]) -> dict[tuple[int, str], Any]:
+    """By number of groups and mode: what runs it, and its temporary MiB."""
+    out = {}
+    for g in groups:
+        batch, patches, channels = sizes
+        for mode, (function, arguments) in functions(form, batch, patches, channels, g).items():
+            one = jax.jit(function).lower(*arguments).compile()
+            go = lambda one=one, arguments=arguments: jax.block_until_ready(one(*arguments))
+            out[g, mode] = go, cost.memory(one)[0]
+    return out
+
+
 def measure(form: str, sizes: Sequence[int], groups: Sequence[int], repeats: int) -> list[dict[str, Any]]:
     """A row per number of groups; `None` seconds where it was not run."""
-    runs, temporary = {}, {}
-    for g in groups:
-        for mode, (function, arguments) in functions(form, *sizes, g).items():
-            one = jax.jit(function).lower(*arguments).compile()
-            temporary[g, mode] = one.memory_analysis().temp_size_in_bytes / cost.MIB
-            if temporary[g, mode] < 0.5 * cost.available_mib():
-                runs[g, mode] = lambda one=one, arguments=arguments: jax.block_until_ready(one(*arguments))
+    batch, patches, channels = sizes
+    all_of_them, limit = compiled(form, sizes, groups), 0.5 * cost.available_mib()
+    temporary = {key: mib for key, (_, mib) in all_of_them.items()}
+    runs = {key: go for key, (go, mib) in all_of_them.items() if mib < limit}
     taken = cost.seconds(runs, repeats, min)
     return [
-        {"form": form, "groups": g, **dict(zip(("batch", "patches", "channels"), sizes, strict=True))}
+        {"form": form, "groups": g, "batch": batch, "patches": patches, "channels": channels}
         | {f"{mode}_seconds": taken.get((g, mode)) for mode in MODES}
         | {f"{mode}_temp_mib": temporary[g, mode] for mode in MODES}
         | {"device": cost.device()}

@@ -29,7 +29,8 @@ def draw(path: Path, rows: Rows) -> None:
 
 
 def draw_terms(path: Path, rows: Rows) -> None:
-    """Lemma 1's terms, a line of panels per estimator. What is zero has no place on a logarithmic axis and is put in words."""
+    """Lemma 1's terms, a line of panels per estimator. Zero has no place on a logarithmic axis and is put in words; nor has what was
+    measured below zero."""
     sweeps = list(dict.fromkeys(row["sweep"] for row in rows))
     with picture(path, len(ESTIMATES), len(sweeps), "Lemma 1, term by term: marks measured, lines theory") as panels:
         for line, name in zip(panels, ESTIMATES, strict=True):
