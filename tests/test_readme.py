@@ -71,6 +71,13 @@ def test_readme_python(number, where_it_ran, monkeypatch):
     exec(compile(blocks("README.md", "python")[number], f"README.md block {number}", "exec"), {"__name__": "readme"})
 
 
+@pytest.mark.quick_compile
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+def test_docs_python(path):
+    for block in blocks(path, "python"):
+        exec(compile(block, path.name, "exec"), {"__name__": "docs"})
+
+
 def test_readme_shows_the_idea_by_line_40():
     assert text("README.md").splitlines().index("## The idea") < 30
 

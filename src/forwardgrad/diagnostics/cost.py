@@ -106,7 +106,7 @@ def step(task: Task, *, run: bool = True) -> Compiled:
     begin = time.monotonic()
     compiled = one.lower(jax.eval_shape(make, *weights, shapes), shapes).compile()
     seconds = time.monotonic() - begin
-    temp, arguments = _memory(compiled)
+    temp, arguments = memory(compiled)
     held: dict[str, Any] = {}
 
     def go() -> None:
@@ -121,7 +121,7 @@ def step(task: Task, *, run: bool = True) -> Compiled:
     return Compiled(go, temp, arguments, seconds)
 
 
-def _memory(compiled: Any) -> tuple[float, float]:
+def memory(compiled: Any) -> tuple[float, float]:
     """MiB of temporaries, and of arguments and results (what a result takes over from an argument counts once)."""
     memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -143,7 +143,7 @@ def forward(task: Task) -> Compiled:
     images = _batch(task)["inputs"]
     compiled = jax.jit(predict).lower(params, images).compile()
     seconds = time.monotonic() - begin
-    return Compiled(lambda: _wait(compiled(params, images)), *_memory(compiled), seconds)
+    return Compiled(lambda: _wait(compiled(params, images)), *memory(compiled), seconds)
 
 
 def _wait(result: Any) -> None:
@@ -157,8 +157,10 @@ def product() -> Compiled:
     return Compiled(lambda: _wait(compiled(a, b)), 0.0, 0.0, 0.0)
 
 
-def seconds(functions: Mapping[Any, Callable[[], None]], repeats: int) -> dict[Any, float]:
-    """Median seconds of each, the repeats of all of them interleaved, after a call to warm up."""
+def seconds(
+    functions: Mapping[Any, Callable[[], None]], repeats: int, of: Callable[[list[float]], float] = statistics.median
+) -> dict[Any, float]:
+    """Seconds of each, the repeats of all of them interleaved, after a call to warm up: their median, or `of` them."""
     taken: dict[Any, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
@@ -167,7 +169,7 @@ def seconds(functions: Mapping[Any, Callable[[], None]], repeats: int) -> dict[A
             begin = time.perf_counter()
             function()
             taken[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in taken.items()}
+    return {name: of(values) for name, values in taken.items()}
 
 
 def divisors(task: Task) -> list[int]:

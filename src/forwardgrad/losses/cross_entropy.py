@@ -11,7 +11,6 @@ Summed over p and g this is the derivative of CE[n] exactly: features, weights a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,12 +38,13 @@ def cross_entropy(outputs: Named, batch: Mapping[str, Any]) -> Named:
 
 
 def _error(x: jax.Array, kernel: jax.Array, bias: jax.Array, labels: jax.Array) -> tuple[jax.Array, ...]:
-    """Mean features [N, G D], cross-entropy [N], and its derivative by the logits [N, K]."""
-    mean = x.mean(1).reshape(x.shape[0], -1)
-    logits = product(mean, kernel) + bias
+    """Features summed over patches [N, G D], cross-entropy [N], and its derivative by the logits [N, K]."""
+    n, p = x.shape[:2]
+    total = x.sum(1).reshape(n, -1)
+    logits = product(total, kernel) / p + bias  # the mean is taken here, where it is smallest
     log_p = jax.nn.log_softmax(logits)
     onehot = jax.nn.one_hot(labels, logits.shape[1], dtype=logits.dtype)
-    return mean, -(onehot * log_p).sum(1), jnp.exp(log_p) - onehot
+    return total, -(onehot * log_p).sum(1), jnp.exp(log_p) - onehot
 
 
 @jax.custom_jvp
@@ -70,11 +70,11 @@ def replicated_cross_entropy(x: jax.Array, kernel: jax.Array, bias: jax.Array, l
 def _replicated_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     (x, kernel, bias, labels), (dx, dkernel, dbias, _) = primals, tangents
     n, p, g, d = x.shape
-    mean, loss, error = _error(x, kernel, bias, labels)
-    slope = (error @ kernel.T).reshape(n, 1, g, d) / p  # W_g e_n / P
+    total, loss, error = _error(x, kernel, bias, labels)
+    slope = (error / p @ kernel.T).reshape(n, 1, g, d)  # W_g e_n / P
     still = lambda tangent: isinstance(tangent, SymbolicZero)
     moved = jnp.zeros((n, p, g), x.dtype) if still(dx) else _sum(dx * slope)
-    logits = ([] if still(dkernel) else [product(mean, dkernel)]) + ([] if still(dbias) else [dbias])
+    logits = ([] if still(dkernel) else [product(total, dkernel) / p]) + ([] if still(dbias) else [dbias])
     if logits:
         moved += ((sum(logits[1:], logits[0]) * error).sum(1) / (p * g))[:, None, None]
     return jnp.broadcast_to((loss / (p * g))[:, None, None], (n, p, g)), moved
@@ -85,11 +85,14 @@ replicated_cross_entropy.defjvp(_replicated_jvp, symbolic_zeros=True)
 
 
 def _sum(x: jax.Array) -> jax.Array:
-    """Over the last axis, in pieces of at most 32, as products with ones: XLA's sum over a long last axis first writes out what it sums."""
-    size = math.gcd(x.shape[-1], 32)
-    pieces = x.reshape(*x.shape[:-1], -1, size)
-    ones = jnp.ones((size, 1), x.dtype)
-    return jnp.matmul(pieces, ones, precision=jax.lax.Precision.HIGHEST)[..., 0].sum(-1)
+    """Over the last axis, without writing out what is summed, which costs G D numbers per patch instead of G.
+
+    On a CPU, XLA sums more than 32 numbers as a tree and keeps its leaves in memory; a product with ones it takes in one loop. Of a product it
+    keeps the result, G numbers, before anything is added to it; of a short sum it does not.
+    """
+    if x.shape[-1] <= 32:
+        return x.sum(-1)
+    return jnp.matmul(x, jnp.ones((x.shape[-1], 1), x.dtype), precision=jax.lax.Precision.HIGHEST)[..., 0]
 
 
 def naive_replicated_cross_entropy(x: jax.Array, kernel: jax.Array, bias: jax.Array, labels: jax.Array) -> jax.Array:
