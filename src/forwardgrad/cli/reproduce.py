@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from forwardgrad import recipes, reproductions
-from forwardgrad.cli.options import Places, flags
+from forwardgrad.cli.options import Places, flags, tyro_cli
 from forwardgrad.errors import Diverged, InputError
 from forwardgrad.presets import Experiment
 from forwardgrad.reproductions import records
@@ -42,10 +42,13 @@ def run(argv: list[str]) -> int:
     """`forwardgrad reproduce PAPER:TABLE[:COLUMN[:METHOD]] [flags]`."""
     argv = list(argv)
     tables = [f"{paper}:{table}" for paper, found in reproductions.papers().items() for table in found]
+    measurement = reproductions.measurement(argv[0]) if argv else None
+    if measurement is not None:
+        return _measure(measurement, *argv)
     if argv and not argv[0].startswith("-"):
         cells = reproductions.find(argv.pop(0))
     elif {"-h", "--help"} & set(argv):
-        cells = reproductions.find(tables[0])
+        cells = reproductions.find("ren2023:table3")
     else:
         raise InputError(f"forwardgrad reproduce needs a table, a column or a cell: {', '.join(tables)}.")
     about = f"{ABOUT} Tables: {', '.join(tables)}."
@@ -65,6 +68,28 @@ def run(argv: list[str]) -> int:
     _draw(cells, done[-1][1], options.results)
     failed = [one for _, one in done if one["verdict"] in ("worse", "diverged") and not one["shortened"]]
     return 1 if failed else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Measuring:
+    """Of a figure that is measured, not trained."""
+
+    results: Path = Path("results")
+    """directory of the JSON file and the picture"""
+    quiet: bool = False
+    """show no progress"""
+
+
+def _measure(module: Any, name: str, *argv: str) -> int:
+    """A figure that trains nothing: its numbers are measured afresh, and checked."""
+    about = f"{module.__doc__.strip().splitlines()[0]} The exit code is 1 where the measurement does not bear it out."
+    options = tyro_cli("reproduce", list(argv), Measuring, f"forwardgrad reproduce {name}", about, Measuring())
+    out = options.results / name.partition(":")[0]
+    say = (lambda line: None) if options.quiet else (lambda line: Console(stderr=True).print(line, highlight=False))
+    summary = module.run(out, say=say)
+    print(summary["said"])
+    print(", ".join(str(out / file) for file in summary["files"]))
+    return 0 if summary["passes"] else 1
 
 
 def _check(cell: Cell, experiment: Experiment[Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,7 @@ def independent(numbers: Numbers, per_word: int, name: str) -> Guess:
     def one(key: jax.Array, site: Site, view: View) -> Named:
         sizes = dict(zip(site.noise_axes, site.noise_shape, strict=True))
         apart = "batch" in site.noise_axes and view.batch["index"] is not None
-        index = view.batch["index"] if apart else jnp.zeros(1, jnp.uint32)
+        index: Any = view.batch["index"] if apart else jnp.zeros(1, jnp.uint32)
         rest = {a: n for a, n in sizes.items() if not (apart and a == "batch")}
         size = math.prod(rest.values())
 

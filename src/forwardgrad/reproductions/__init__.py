@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from typing import Any
 
 from forwardgrad.errors import InputError, unknown
 from forwardgrad.reproductions.cells import Cell, Table
@@ -16,6 +17,13 @@ def papers() -> dict[str, dict[str, Table]]:
     """`{paper: {table: Table}}` of every paper."""
     modules = {info.name: importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)}
     return {name: module.tables for name, module in modules.items() if hasattr(module, "tables")}
+
+
+def measurement(name: str) -> Any:
+    """The module that measures `PAPER:TABLE`, where that is a figure that trains nothing; else `None`."""
+    paper, _, table = name.partition(":")
+    found = papers().get(paper, {}).get(table)
+    return importlib.import_module(f"{__name__}.{found.measured_by}") if found and found.measured_by else None
 
 
 def find(name: str) -> tuple[Cell, ...]:
@@ -35,6 +43,8 @@ def find(name: str) -> tuple[Cell, ...]:
     if table not in known[paper]:
         raise unknown(f"table of {paper}", table, known[paper])
     cells = known[paper][table].cells
+    if rest and not cells:
+        raise InputError(f"{paper}:{table} is measured as a whole: leave {':'.join(rest)!r} out.")
     for kind, part in zip(("column", "row"), rest, strict=False):
         there = {getattr(cell, kind) for cell in cells}
         if part not in there:

@@ -76,11 +76,14 @@ class Table(NamedTuple):
       title: what it shows.
       cells: in the paper's order, column by column.
       draw: of a figure: `(axes, records)`.
+      measured_by: of a figure that trains nothing, in place of cells: the module whose `run(out, say=...)` measures and draws it, and returns
+        a summary with `passes` and `said`, a sentence.
     """
 
     title: str
-    cells: tuple[Cell, ...]
+    cells: tuple[Cell, ...] = ()
     draw: Callable[[Any, list[dict[str, Any]]], None] | None = None
+    measured_by: str = ""
 
 
 class Range(NamedTuple):
