@@ -81,6 +81,7 @@ REFUSALS = {
     "reproduce ren2023:table3:mnist-s-1-2": "did you mean 'mnist-s-1-1'",
     "reproduce ren2023:table3:mnist-s-1-1:lgfga": "did you mean 'lg-fg-a'",
     "reproduce ren2023:table3:mnist-s-1-1:bp:0": "is no PAPER:TABLE[:COLUMN[:METHOD]]",
+    "reproduce ren2023:figure8:mnist-s-1-1": "is measured as a whole",
     "reproduce ren2023:table3:mnist-s-1-1:bp --method l-bp": "leave --method out",
     "reproduce ren2023:table3:mnist-s-1-1:bp --model mlp": "leave --model out",
     "reproduce ren2023:table3:mnist-s-1-1:bp --validation 5": "leave --validation out",

@@ -13,6 +13,7 @@ import pytest
 from toynets import all_signs
 
 import forwardgrad as fg
+from forwardgrad.cli.main import dispatch
 from forwardgrad.reproductions import ren2023_figure5, ren2023_figure8
 from forwardgrad.reproductions.ren2023_table1 import ESTIMATES, backpropagation, terms
 
@@ -71,15 +72,25 @@ def files(out, summary):
     return json.loads((out / summary["files"][0]).read_text())
 
 
-def test_figure_8_in_miniature(tmp_path):
-    said = []
-    summary = ren2023_figure8.run(tmp_path, samples=300, sweeps={"batch size": (2,)}, say=said.append)
-    rows = files(tmp_path, summary)
+def test_figure_8_in_miniature(tmp_path, monkeypatch, capsys):
+    """By its command, with fewer points and samples."""
+    summary = {}
+
+    def small(out, say):
+        summary.update(run(out, samples=300, sweeps={"batch size": (2,)}, say=say))
+        return summary
+
+    run = ren2023_figure8.run
+    monkeypatch.setattr(ren2023_figure8, "run", small)
+    assert dispatch(["reproduce", "ren2023:figure8", "--results", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert "variances and" in said.out
+    rows = files(tmp_path / "ren2023", summary)
     assert summary["passes"]
     assert summary["points"] == len(rows) == len(ren2023_figure8.NAMES)
     assert summary["terms_within"] == summary["terms"] == 3 * len(rows)
     assert {"sweep", "value", "estimator", "measured", "standard_error", "theory", "terms"} <= set(rows[0])
-    assert len(said) == 1
+    assert len(said.err.strip().splitlines()) == 1
     assert all(0 < row["standard_error"] < row["theory"] for row in rows)
 
 

@@ -19,6 +19,11 @@ SHORT = """
 Where the epochs are "N of M", or only the first images are used, a shortened run stands in for one of the paper's length: its verdict compares it
 with a number that took all of them, and says by how much it is off.
 """
+MEASURED = """
+### {title}
+
+Measured by `forwardgrad reproduce {name}`; nothing is trained.
+"""
 COLUMNS = ("column", "method", "paper", "here", "verdict", "epochs", "seed", "variant", "time", "hardware", "command")
 
 
@@ -31,10 +36,12 @@ def report(results: Path) -> str:
     found = records.read(results)
     parts = [HEAD.format(results=f"{results.name}/")]
     papers = reproductions.papers()
-    for paper in sorted({one["cell"]["paper"] for one in found}):
+    drawn = {(paper, table) for paper in papers for table in papers[paper] if _picture(results, paper, table).exists()}
+    for paper in sorted({one["cell"]["paper"] for one in found} | {paper for paper, _ in drawn}):
         parts.append(f"\n## {paper}\n")
         known = papers.get(paper, {})
         there = {one["cell"]["table"] for one in found if one["cell"]["paper"] == paper}
+        there |= {table for its, table in drawn if its == paper}
         for table in sorted(there, key=lambda name: (_place(name, list(known)), name)):
             title, cells = (known[table].title, known[table].cells) if table in known else (table, ())
             order = [cell.name for cell in cells]
@@ -42,12 +49,16 @@ def report(results: Path) -> str:
             mine.sort(
                 key=lambda one: (_place(records.name_of(one), order), one["shortened"], -one["epochs"], one["command"])
             )
-            parts.append(_section(title, mine))
-            if (results / paper / f"{table}.png").exists():
+            parts.append(_section(title, mine) if mine else MEASURED.format(title=title, name=f"{paper}:{table}"))
+            if (paper, table) in drawn:
                 parts.append(f"\n![{title}]({results.name}/{paper}/{table}.png)\n")
     if not found:
         parts.append("\nThere is no record yet.\n")
     return "".join(parts)
+
+
+def _picture(results: Path, paper: str, table: str) -> Path:
+    return results / paper / f"{table}.png"
 
 
 def _place(name: str, order: list[str]) -> int:
