@@ -22,8 +22,9 @@ product_p = Primitive("product")
 
 
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`x @ kernel`, [N, C] by [C, K], of one floating-point type. Differentiable in both modes, and in both factors."""
-    return product_p.bind(x, kernel)
+    """`x @ kernel`, [N, C] by [C, K]. Differentiable in both modes, and in both factors."""
+    dtype = jnp.result_type(x, kernel)
+    return product_p.bind(x.astype(dtype), kernel.astype(dtype))
 
 
 def turned(x: jax.Array) -> jax.Array:
