@@ -15,6 +15,7 @@ import forwardgrad as fg
 from forwardgrad import errors, recipes, taps
 from forwardgrad.guesses.feedback import learned_feedback
 from forwardgrad.guesses.ntk import ntk
+from forwardgrad.guesses.replay import feedback_alignment
 from forwardgrad.models.mlp import MLP
 from forwardgrad.named import Named
 
@@ -55,6 +56,10 @@ def in_checked_pieces(model):
     dataclasses.replace(recipes.bp(network), microbatch=2).init(
         jax.random.key(0), *network.init(jax.random.key(0)), batch
     )
+
+
+def predicted(method):
+    return jax.eval_shape(lambda: once(method, *problem(1)).grads)
 
 
 def two_parts(first, second):
@@ -142,6 +147,10 @@ CASES = {
     "guided and unbiased": (lambda: estimate(guess=ntk()), "use the projection or the sign rule, or make it the predictor"),
     "nothing to learn from": (lambda: jax.eval_shape(lambda: once(fg.Estimator(mixer(1), fg.local(), (fg.Part(None, fg.activations(), CELLS, predictor=learned_feedback()),)), *problem(1)).grads), "give the part a random guess, or use direct_feedback"),
     "unknown activation": (lambda: taps.visited(lambda x: fg.tap(x, "z", ""), taps.replay({"zz": Named(jnp.ones(()), ())}))(1.0), "did you mean 'zz'"),
+    "no init": (lambda: predicted(recipes.fa(edited(init=lambda key: ((), ())))), "give the block and its readout an init"),
+    "feedback to weights": (lambda: predicted(fg.Estimator(mixer(1), fg.local(), (fg.Part(None, fg.weights(), CELLS, predictor=feedback_alignment()),))), "use fg.activations"),
+    "outputs of a layer": (lambda: predicted(recipes.dfa(mixer(1), released=True)), "whose last readout has the axes batch and class"),
+    "credit elsewhere": (lambda: predicted(recipes.lg_fg_a(mixer(1), guess=FIXED, norm_gradient=False)), r"forwardgrad.tap\(z, 'tok/linear', ..., passive=True\)"),
     "nothing changes": (lambda: fg.value_and_grad(lambda w, x: fg.tap(w * x, "z", "batch") * 0, guess=FIXED, insertion="activations")(jnp.ones(3), jnp.ones(3), key=jax.random.key(0)), "let the loss depend on what is displaced"),
     "state in microbatches": (lambda: in_checked_pieces(MLP(hidden=(3,), batch_norm=True)), r"use the whole batch \(--microbatch 0\)"),
     "no layers": (lambda: MLP(hidden=()).network((3, 1, 1), 2), "at least one unit.*for example --hidden 256 256"),
