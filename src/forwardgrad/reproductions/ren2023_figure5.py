@@ -7,9 +7,9 @@
 - *gradient*: of the mean loss by features, classifier and bias, by reverse mode;
 - *derivative*: of every loss cell along one direction in all three, by forward mode;
 
-each without the loss's value, which neither needs. Memory is XLA's temporary bytes, known without running: arguments and results are not among
-them. Time is the fastest of interleaved runs, since what else a machine does can only add to it. What would take more than half of the free memory
-is compiled for its number, and not run.
+each without the loss's value: its cells, which grow with the groups, would have to be written and added up. Memory is XLA's temporary bytes, known
+without running: arguments and results are not among them. Time is the fastest of interleaved runs, since what else a machine does can only add to
+it. What would take more than half of the free memory is compiled for its number, and not run.
 
 The fused form's four costs must be the same with 1 and with 64 groups, to 15 %.
 """
