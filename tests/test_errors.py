@@ -98,6 +98,7 @@ def twice(x):
 
 CASES = {
     "an axis twice": (lambda: fg.activations(shared="batch batch"), "shared names an axis twice.*give each axis its own"),
+    "losses": (lambda: fg.recipes.lg_fg_a(mixer(1), losses="blocks"), "did you mean 'block'"),
     "layout": (lambda: Named(jnp.ones(3), ("unit",)).to(("batch",)), r"axes \('unit',\) cannot be laid out along \('batch',\)"),
     "tap rank": (lambda: fg.tap(jnp.ones(3), "z", "batch unit"), "name every axis once, in order"),
     "tap in scan": (

@@ -77,7 +77,7 @@ def test_figure_8_in_miniature(tmp_path, monkeypatch, capsys):
     summary = {}
 
     def small(out, say):
-        summary.update(run(out, samples=300, sweeps={"batch size": (2,)}, say=say))
+        summary.update(run(out, samples=3000, sweeps={"batch size": (2,)}, say=say))
         return summary
 
     run = ren2023_figure8.run

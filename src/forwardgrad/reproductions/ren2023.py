@@ -103,10 +103,10 @@ def tangents() -> list[Cell]:
 
 
 tables = {
-    "figure5": Table("Figure 5: cost of the replicated loss, naive and fused", measured_by="ren2023_figure5"),
     "table3": Table("Table 3: supervised learning for image classification", tuple(table3())),
     "table5": Table("Table 5: normalisation schemes (ng: no gradient of normalisation)", tuple(table5())),
     "table6": Table("Table 6: place of layer normalisation", tuple(table6())),
+    "figure5": Table("Figure 5: cost of the replicated loss, naive and fused", measured_by="ren2023_figure5"),
     "figure6": Table("Figure 6: where local losses are added", tuple(figure6()), bars),
     "figure8": Table("Figure 8: variances, measured and predicted", measured_by="ren2023_figure8"),
     "figure9": Table("Figure 9 (the curves of Figure 7): number of groups", tuple(figure9()), lines),
