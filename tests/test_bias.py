@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from toynets import CELLS, along, hadamard, layers, mixer, once, problem
+from toynets import CELLS, along, hadamard, layers, mixer, norm, once, problem
 
 import forwardgrad as fg
 from forwardgrad import checks
 from forwardgrad.bias import bias
-from forwardgrad.insertions import Insertion
+from forwardgrad.insertions import Insertion, linear_output
 from forwardgrad.models.mlp import MLP
 from forwardgrad.network import complete, leaf_paths
 from forwardgrad.whole import Step
@@ -33,6 +33,11 @@ def coarse():
     return fg.Network((first._replace(readout=first.readout._replace(loss=loss)), second))
 
 
+def normalised(z, name, axes):
+    """A tap after a normalisation, and a passive one before it."""
+    return fg.tap(norm(fg.tap(z, linear_output(name), axes, passive=True), (-1,)), name, axes)
+
+
 PER_EXAMPLE = fg.weights(per_example=True)
 BOTH = Insertion(fg.activations(only=["chan", "grp"]).taps, fg.weights(only="tok", per_example=True).weights)
 # network, target, insertion, partition, guess
@@ -44,6 +49,7 @@ BIASED = {
     "activations": (coupled(), fg.local(), fg.activations(), CELLS, along),
     "one noise for all examples": (coupled(), fg.local(), fg.activations(shared="batch"), CELLS, along),
     "the same, masked": (coupled(), fg.local(), fg.activations(shared="batch"), CELLS, lambda row: fg.masked(along(row))),
+    "credit that skips a normalisation": (mixer(1, mark=normalised), fg.local(), fg.activations(credit_at=linear_output), CELLS, along),
     "patches under a global loss": (mixer(2), fg.global_loss(), fg.activations(), ("batch", "patch"), along),
 }  # fmt: skip
 UNBIASED = {
@@ -74,12 +80,14 @@ def enumerated(build, params, state, batch):
         step, part = step_of(row)
         states = {scope.name: {"guess": ()} for scope in step.scopes}
         sites = step.sites(part)
-        return {name: c.to(sites[name].axes) for name, c in step.run_part(part, jax.random.key(0), states)[0].items()}
+        axes = {step.landings(part)[name]: site.axes for name, site in sites.items()}
+        return {name: c.to(axes[name]) for name, c in step.run_part(part, jax.random.key(0), states)[0].items()}
 
     @jax.jit
     def relative():
         step, part = step_of(rows[0])
-        sites = step.sites(part)
+        landings = step.landings(part)
+        sites = {landings[name]: site for name, site in step.sites(part).items()}
 
         def loss(eps):
             terms = step.displaced({name: fg.Named(e, sites[name].axes) for name, e in eps.items()}).terms

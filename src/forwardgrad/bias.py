@@ -29,15 +29,16 @@ def bias(
 
     At parameters a little off the given ones, as all checks. The expected credit of a slice is the gradient of the cells that share its
     indices with respect to its displacement, as the engine displaces: one displacement for all where it is shared, and each example run
-    alone where weights are displaced per example. This is compared with the gradient of all cells of the batch. Cost: one reverse pass per
-    slice of the partition, on four examples. Parts whose rule is not the unbiased one are left out.
+    alone where weights are displaced per example. This is compared with the gradient of all cells of the batch with respect to the place where
+    the credit lands: the site, or the tap that `credit_at` names. Cost: one reverse pass per slice of the partition, on four examples. Parts
+    whose rule is not the unbiased one are left out.
 
     Args:
       estimator, params, model_state, batch: as for `Estimator.init`.
       shrink: look at the first four examples only.
 
     Returns:
-      `{site: relative bias}`; zero where names hold.
+      `{where the credit lands: relative bias}`; zero where names hold and credit lands where it was measured.
     """
     with jax.ensure_compile_time_eval():
         params, model_state, batch = generic(params, model_state, batch, shrink)
@@ -56,7 +57,9 @@ def _biases(
     estimator: Estimator, part: Part, params: Any, model_state: Any, batch: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
     step = Step(estimator.network, estimator.target, params, model_state, batch)
-    true, expected = _true(step, part), _expected(step, part)
+    landings, landed = step.landings(part), _true(step, part)
+    true = {name: landed[landings[name]] for name in step.sites(part)}
+    expected = _expected(step, part)
     norm = lambda x: jnp.linalg.norm(x.ravel())
     largest = jnp.stack([norm(x) for x in true.values()]).max()
     out = {}
@@ -64,13 +67,14 @@ def _biases(
         # a gradient that vanishes (of a bias below BatchNorm) is made of rounding errors, and so is what is off there
         rounding = 100 * jnp.finfo(x.dtype).eps * largest
         off = norm(expected[name] - x)
-        out[name] = jnp.where(off <= rounding, 0.0, off / jnp.maximum(norm(x), rounding))
+        out[landings[name]] = jnp.where(off <= rounding, 0.0, off / jnp.maximum(norm(x), rounding))
     return out
 
 
 def _true(step: Step, part: Part) -> dict[str, jax.Array]:
-    """Gradient of all cells of the batch with respect to every site."""
-    sites = step.sites(part)
+    """Gradient of all cells of the batch with respect to every place where a credit lands."""
+    landings = step.landings(part)
+    sites = {landings[name]: site for name, site in step.sites(part).items()}
 
     def loss(eps: dict[str, jax.Array]) -> jax.Array:
         terms = step.displaced({name: Named(value, sites[name].axes) for name, value in eps.items()}).terms
