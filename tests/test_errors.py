@@ -9,13 +9,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from toynets import CELLS, FIXED, N, P, mixer, once, problem
+from toynets import CELLS, FIXED, N, P, mixer, once, problem, setting
 
 import forwardgrad as fg
 from forwardgrad import errors, recipes, taps
 from forwardgrad.guesses.feedback import learned_feedback
 from forwardgrad.guesses.ntk import ntk
 from forwardgrad.guesses.replay import feedback_alignment
+from forwardgrad.models.localmixer import LocalMixer
 from forwardgrad.models.mlp import MLP
 from forwardgrad.named import Named
 
@@ -60,6 +61,11 @@ def in_checked_pieces(model):
 
 def predicted(method):
     return jax.eval_shape(lambda: once(method, *problem(1)).grads)
+
+
+def on_images(make):
+    network, *rest = setting(LocalMixer(blocks=1, patches=2, channels=8, groups=2))
+    make(network).init(jax.random.key(0), *rest)
 
 
 def two_parts(first, second):
@@ -152,6 +158,8 @@ CASES = {
     "feedback to weights": (lambda: predicted(fg.Estimator(mixer(1), fg.local(), (fg.Part(None, fg.weights(), CELLS, predictor=feedback_alignment()),))), "use fg.activations"),
     "outputs of a layer": (lambda: predicted(recipes.dfa(mixer(1), released=True)), "whose last readout has the axes batch and class"),
     "credit elsewhere": (lambda: predicted(recipes.lg_fg_a(mixer(1), guess=FIXED, norm_gradient=False)), r"forwardgrad.tap\(z, 'tok/linear', ..., passive=True\)"),
+    "credit elsewhere unsaid": (lambda: on_images(lambda network: recipes.lg_fg_a(network, norm_gradient=False)), r"leave credit_at out \(--norm-gradient\), or accept"),
+    "two credits at one tap": (lambda: on_images(lambda network: fg.estimator(network, target=fg.local(), guess=FIXED, insertion=fg.activations(credit_at=lambda name: "channel/linear"))), "one of its own"),
     "nothing changes": (lambda: fg.value_and_grad(lambda w, x: fg.tap(w * x, "z", "batch") * 0, guess=FIXED, insertion="activations")(jnp.ones(3), jnp.ones(3), key=jax.random.key(0)), "let the loss depend on what is displaced"),
     "state in microbatches": (lambda: in_checked_pieces(MLP(hidden=(3,), batch_norm=True)), r"use the whole batch \(--microbatch 0\)"),
     "no layers": (lambda: MLP(hidden=()).network((3, 1, 1), 2), "at least one unit.*for example --hidden 256 256"),

@@ -6,10 +6,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from toynets import distance, once, setting, two_steps
+from toynets import distance, norm, once, setting, two_steps
 
 import forwardgrad as fg
 from forwardgrad.guesses.layer_readout import layer_readout
+from forwardgrad.models import heads
 from forwardgrad.models.localmixer import LocalMixer, patchify
 from forwardgrad.models.mlp import MLP
 from forwardgrad.network import leaf_paths, with_leaves
@@ -191,7 +192,33 @@ def test_feedback_weights_are_drawn_as_weights_are():
     assert not any("block0/readout" in path for path in back), (
         "a head whose loss is not in the target feeds nothing back"
     )
+    assert not any("bias" in path for path in back), "biases of two axes, which start the same for every key"
     assert distance(start(made, params, model_state, batch, key=3), state) > 0.1
+
+
+def test_a_gain_of_two_axes_stays_the_network_s():
+    """B = W where B is drawn: what remains, a gain per patch and channel, must be the network's own."""
+
+    def apply(p, s, h, train):
+        z = fg.tap(h @ p["kernel"], "z/linear", "batch patch channel", passive=True)
+        return jax.nn.relu(fg.tap(norm(z, (1, 2)) * p["gain"], "z", "batch patch channel")), s
+
+    @jax.jit
+    def init(key):
+        return {"kernel": jax.random.normal(key, (4, 4)), "gain": jnp.ones((2, 4))}, ()
+
+    classifier = heads.linear(8, 3, jax.nn.initializers.lecun_normal())
+    last = fg.Block("c", lambda p, s, h, train: (h.reshape(len(h), -1), s), classifier)
+    network = fg.Network((fg.Block("a", apply, init=init), fg.Block("b", apply, init=init), last))
+    params, state = network.init(jax.random.key(0))
+    for name in "ab":
+        params[name]["layers"]["gain"] = 1 + jax.random.uniform(jax.random.key(1), (2, 4))
+    rest = params, state, {"inputs": jax.random.normal(jax.random.key(2), (5, 2, 4)), "labels": jnp.arange(5) % 3}
+    made = R.fa(network)
+    given = start(made, *rest)
+    assert set(given[0]["global"]["predictor"]) == {"a/layers/kernel", "b/layers/kernel", "c/readout/kernel"}
+    found = estimate(made, with_feedback(given, leaf_paths(params)), *rest)
+    assert distance(found, once(R.bp(network), *rest)) < 1e-12
 
 
 def test_the_released_direct_feedback_by_hand():

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from forwardgrad.checks import generic
+from forwardgrad.checks import generic, gradients
 from forwardgrad.engine import Estimator
 from forwardgrad.named import Named, contract
 from forwardgrad.parts import Part
@@ -57,8 +57,9 @@ def _biases(
     estimator: Estimator, part: Part, params: Any, model_state: Any, batch: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
     step = Step(estimator.network, estimator.target, params, model_state, batch)
-    landings, landed = step.landings(part), _true(step, part)
-    true = {name: landed[landings[name]] for name in step.sites(part)}
+    landings, sites = step.landings(part), step.sites(part)
+    landed = gradients(step, {landings[name]: site for name, site in sites.items()})
+    true = {name: landed[landings[name]] for name in sites}
     expected = _expected(step, part)
     norm = lambda x: jnp.linalg.norm(x.ravel())
     largest = jnp.stack([norm(x) for x in true.values()]).max()
@@ -69,18 +70,6 @@ def _biases(
         off = norm(expected[name] - x)
         out[landings[name]] = jnp.where(off <= rounding, 0.0, off / jnp.maximum(norm(x), rounding))
     return out
-
-
-def _true(step: Step, part: Part) -> dict[str, jax.Array]:
-    """Gradient of all cells of the batch with respect to every place where a credit lands."""
-    landings = step.landings(part)
-    sites = {landings[name]: site for name, site in step.sites(part).items()}
-
-    def loss(eps: dict[str, jax.Array]) -> jax.Array:
-        terms = step.displaced({name: Named(value, sites[name].axes) for name, value in eps.items()}).terms
-        return jnp.sum(jnp.stack([term.loss for term in terms.values()]))
-
-    return jax.grad(loss)({name: jnp.zeros(site.shape, site.dtype) for name, site in sites.items()})
 
 
 def _expected(step: Step, part: Part) -> dict[str, jax.Array]:

@@ -52,6 +52,9 @@ def refuse_bias(
         if leak.axis == "mask":
             why = "a unit that its mask leaves out changes the loss: the mask must be the one of the nonlinearity right above the tap"
             remedy = "leave the mask out (mask=False)"
+        elif leak.axis == "credit":
+            why = "its credit is handed to another tap, and what lies between the two changes the gradient"
+            remedy = "leave credit_at out (--norm-gradient)"
         elif leak.axis == "example":
             why = (
                 "the network couples examples (BatchNorm does), and a displacement per example runs them one at a time"
@@ -110,7 +113,8 @@ def separable(
     estimator: Estimator, params: Any, model_state: Any, batch: Mapping[str, Any], *, shrink: bool = True
 ) -> list[Leak]:
     """Sites and axes along which slices are not apart. Empty: every name holds."""
-    return [leak for leak in leaks(estimator, params, model_state, batch, shrink=shrink) if leak.axis != "mask"]
+    about = ("mask", "credit")
+    return [leak for leak in leaks(estimator, params, model_state, batch, shrink=shrink) if leak.axis not in about]
 
 
 def mask_is_exact(
@@ -126,12 +130,40 @@ def leaks(estimator: Estimator, params: Any, model_state: Any, batch: Mapping[st
     for part in estimator.parts:
         # where the prediction alone is the credit, only its mask says something about the network
         apart = part.guess is not None and part.rule.coefficient is not None
+        if part.insertion.taps is not None and part.insertion.taps.credit_at is not None:
+            with jax.ensure_compile_time_eval():
+                found += _handed_on(estimator, part, *generic(params, model_state, batch, shrink))
         credited = part.guess if apart else part.predictor
         mask = credited.mask if credited is not None else None
         if apart or mask is not None:
             with jax.ensure_compile_time_eval():
                 found += _leaks_of(estimator, part, apart, mask, *generic(params, model_state, batch, shrink))
     return found
+
+
+def gradients(step: Step, sites: Mapping[str, Site]) -> dict[str, jax.Array]:
+    """Gradient of all cells of the batch with respect to displacements of the given sites."""
+
+    def loss(eps: dict[str, jax.Array]) -> jax.Array:
+        terms = step.displaced({name: Named(value, sites[name].axes) for name, value in eps.items()}).terms
+        return jnp.sum(jnp.stack([term.loss for term in terms.values()]))
+
+    return jax.grad(loss)({name: jnp.zeros(site.shape, site.dtype) for name, site in sites.items()})
+
+
+def _handed_on(estimator: Estimator, part: Part, params: Any, model_state: Any, batch: Mapping[str, Any]) -> list[Leak]:
+    """Sites whose credit lands elsewhere, where the gradient is another one."""
+
+    @jax.jit
+    def differences(params: Any, model_state: Any, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+        step = Step(estimator.network, estimator.target, params, model_state, batch)
+        sites, landings = step.sites(part), step.landings(part)
+        here, there = gradients(step, sites), gradients(step, {landings[name]: sites[name] for name in sites})
+        size = lambda x: jnp.abs(x).max()
+        return {name: size(here[name] - there[landings[name]]) / size(here[name]) for name in sites}
+
+    off = {name: float(x) for name, x in differences(params, model_state, batch).items()}
+    return [Leak(name, "credit", x) for name, x in off.items() if x > 1e-5]
 
 
 def couples_examples(

@@ -63,7 +63,8 @@ def tap(z: jax.Array, name: str, axes: str | Sequence[str], *, passive: bool = F
       name: its name, unique within one block (or within the function, where there are no blocks).
       axes: the names of its axes, e.g. `"batch patch group channel"`. A name that the loss has too asserts that the slices along that axis
         reach no other slice of the loss; `forwardgrad.checks.separable` verifies it.
-      passive: recorded and replayed, but displaced and cut only where `only=` gives its full name. For the output of a linear layer that a
+      passive: recorded and replayed, but displaced and cut only where `only=` gives its full name, or `credit_at` hands it
+        another's credit (it is then cut instead of that one). For the output of a linear layer that a
         normalisation follows, next to the tap below the nonlinearity: feedback alignment needs its value.
 
     Returns:

@@ -210,6 +210,11 @@ class Step:
                     f"the credit of {site!r} cannot be handed to {other!r}, which is no tap with the axes {' '.join(displaced.axes)}: mark the "
                     f"layer's output with forwardgrad.tap(z, {name!r}, ..., passive=True), or leave credit_at out (--norm-gradient)."
                 )
+        for site, other in out.items():
+            if list(out.values()).count(other) > 1:
+                raise InputError(
+                    f"{other!r} would get the credit of {site!r} and of another site: let credit_at give each tap one of its own."
+                )
         return out
 
     def position(self, site: str) -> int:

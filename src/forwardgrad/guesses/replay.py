@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from forwardgrad import taps
 from forwardgrad.errors import InputError
@@ -24,8 +25,9 @@ def feedback_alignment(*, at_feedback_readouts: bool = False) -> Guess:
     With B = W it is the gradient. As a predictor of a random guess it leaves the estimate unbiased, as any predictor. Cost: one backward pass
     (what the replay would compute forwards is not asked for). State: B, as large as the parameters.
 
-    B is what the blocks' own `init` draws with another key: every leaf of two or more axes; vectors, such as the gains of a normalisation,
-    are those of the network. A kernel that starts at zero, which would feed nothing back, is drawn from N(0, 1/fan-in) instead.
+    B is what the blocks' own `init` draws with another key: every leaf of two or more axes that depends on the key. Leaves that start the same
+    for every key, such as the gains of a normalisation and most biases, are those of the network, as are all vectors. The kernel of a readout
+    that starts at zero, which would feed nothing back, is drawn from N(0, 1/features) instead.
 
     Args:
       at_feedback_readouts: take the error e_t at the outputs that the readout has with B, softmax(h B + b) - y, not at the true ones, as the
@@ -45,9 +47,9 @@ def feedback_alignment(*, at_feedback_readouts: bool = False) -> Guess:
                     "network has: give the block and its readout an init."
                 )
         used = {n: p if n in view.errors else {**p, "readout": ()} for n, p in drawn.items()}
-        like, out = leaf_paths(view.params), {}
+        like, random, out = leaf_paths(view.params), _random(view.draw, own), {}
         for i, (path, leaf) in enumerate(leaf_paths(used).items()):
-            if jnp.ndim(leaf) > 1:
+            if jnp.ndim(leaf) > 1 and (path in random or path.split("/")[1] == "readout"):
                 spare = jax.random.normal(jax.random.fold_in(other, i), leaf.shape, leaf.dtype) / leaf.shape[-2] ** 0.5
                 out[path] = jnp.where(jnp.any(leaf != 0), leaf, spare).astype(like[path].dtype)
         return out
@@ -76,6 +78,20 @@ def feedback_alignment(*, at_feedback_readouts: bool = False) -> Guess:
         return {name: Named(g, view.sites[name].axes) for name, g in jax.grad(fed_back)(zeros).items()}
 
     return Guess(propose, init, name="feedback alignment", isotropic=False)
+
+
+def _random(draw: Callable[[jax.Array], Any], key: jax.Array) -> set[str]:
+    """Paths of the leaves that depend on the key."""
+    paths: list[str] = []
+
+    def leaves(key: jax.Array) -> list[Any]:
+        found = leaf_paths(draw(key))
+        paths.extend(found)
+        return list(found.values())
+
+    jaxpr = jax.make_jaxpr(leaves)(key).jaxpr
+    needs = lambda i: any(dce_jaxpr(jaxpr, [j == i for j in range(len(paths))])[1])
+    return {path for i, path in enumerate(paths) if needs(i)}
 
 
 def _shapes(tree: Any) -> Any:

@@ -42,10 +42,12 @@ def _batch(args: Any, dims: Any) -> tuple[jax.Array, int]:
     (x, kernel), (at_x, at_kernel) = args, dims
     if at_kernel is None:  # more rows
         x = jnp.moveaxis(x, at_x, 0)
-        return product(x.reshape(-1, x.shape[2]), kernel).reshape(*x.shape[:2], -1), 0
+        return product(x.reshape(x.shape[0] * x.shape[1], x.shape[2]), kernel).reshape(*x.shape[:2], kernel.shape[1]), 0
     if at_x is None:  # more columns
         kernel = jnp.moveaxis(kernel, at_kernel, 1)
-        return product(x, kernel.reshape(len(kernel), -1)).reshape(len(x), *kernel.shape[1:]), 1
+        return product(x, kernel.reshape(len(kernel), kernel.shape[1] * kernel.shape[2])).reshape(
+            len(x), *kernel.shape[1:]
+        ), 1
     return jnp.matmul(jnp.moveaxis(x, at_x, 0), jnp.moveaxis(kernel, at_kernel, 0)), 0
 
 

@@ -96,7 +96,8 @@ class Range(NamedTuple):
 def expected(printed: Printed) -> Range:
     """The printed test error ± the larger of 0.3 points and three binomial standard errors on the test images.
 
-    The latter are the sampling error of the test set; 0.3 points are left to seeds where errors are small.
+    A convention, not a test: both runs are scored on the same images, so that what their errors differ by is less than two test sets would, and
+    0.3 points are left to seeds where errors are small.
     """
     share = printed.test / 100
     width = max(0.3, 300 * math.sqrt(share * (1 - share) / printed.images))

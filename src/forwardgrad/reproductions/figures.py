@@ -41,7 +41,8 @@ def bars(axes: Any, records: list[dict[str, Any]]) -> None:
         errors = [mean(records, None, row, split) for row in rows]
         heights = [0.0 if error is None else 100 - error for error in errors]
         drawn = axes.bar([k + 0.4 * i for k in range(len(rows))], heights, 0.4, label=split)
-        axes.bar_label(drawn, fmt="%.1f", fontsize="x-small")
+        said = ["diverged" if error is None else f"{100 - error:.1f}" for error in errors]
+        axes.bar_label(drawn, said, fontsize="x-small")
     axes.set_xticks([k + 0.2 for k in range(len(rows))], [row.replace("+", "\n+ ") for row in rows], fontsize="small")
     axes.set(ylabel="accuracy (%)")
     axes.legend(frameon=False)

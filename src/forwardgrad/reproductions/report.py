@@ -12,7 +12,7 @@ from forwardgrad.reproductions import records
 HEAD = """# Results
 
 Published numbers, run again: one row per run, made from the files in `{results}` by `python -m forwardgrad.reproductions.report`. Errors in percent,
-test / train. A test error is *in range* where it is as far from the paper's as 0.3 points or three of its binomial standard errors on the test
+test / train. A test error is *in range* where it is no farther from the paper's than 0.3 points or three of its binomial standard errors on the test
 images, whichever is more; *better* is below that and *worse* above. The train error does not decide.
 """
 SHORT = """
