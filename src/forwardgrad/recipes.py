@@ -206,7 +206,8 @@ def lg_fg_a(
         any block credited with its own patch's and group's: biased, because token mixing carries it to the others too; refused without
         `allow_bias`. All on the scale of the mean loss; the released code divides by the number of patches where patches are not apart.
       norm_gradient: False hands the credit of what a normalisation gives to the linear layer below it unchanged, leaving out the Jacobian of
-        the normalisation (Table 5, columns "NG"). Biased; the same where nothing is normalised after the linear layers.
+        the normalisation (Table 5, columns "NG"). Biased, refused without `allow_bias`; the same where nothing is normalised after the linear
+        layers.
 
     Raises:
       InputError: unknown `losses`.

@@ -54,7 +54,8 @@ class Experiment(Generic[M]):
     losses: Literal["block+patch+group", "block+patch", "block", "patch+group", "global"] = "block+patch+group"
     """lg-fg-a only: where losses are. Without `block` there is the last block's alone, or, with `global`, the final one; `patch+group` is biased"""
     norm_gradient: bool = True
-    """lg-fg-a only; False: credit the linear layers' outputs, skipping the Jacobian of the normalisation after them; biased"""
+    """lg-fg-a only; False: credit the linear layers' outputs, skipping the Jacobian of the normalisation after them; biased,
+    needs --allow-bias"""
     variant: Literal["paper", "released"] = "paper"
     """fg-a, fa, l-fa, lg-fa, dfa: as in the paper, or as the code released with Ren et al. 2023 computes what it calls so"""
     alpha: float = 1e-3
