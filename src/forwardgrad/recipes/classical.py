@@ -97,18 +97,19 @@ def lg_fa(network: Network, *, released: bool = False) -> Estimator:
 
 
 @recipe("nokland2016", passes=lambda draws: 2)
-def dfa(network: Network, *, mask: bool = True, released: bool = False) -> Estimator:
+def dfa(network: Network, *, feedback_rank: int = 0, mask: bool = True, released: bool = False) -> Estimator:
     """Direct feedback alignment: the output error through a fixed random matrix is each layer's credit, δ_l = e B_l (Nøkland 2016).
 
     B_l ~ U(±√(6/n_l)), n_l the layer's units. Biased; aligns with the gradient as the weights adapt. Cost: 2 passes. Memory: one matrix
     [classes, units] per layer.
 
     Args:
+      feedback_rank: B = Q P of this rank, for many classes; 0: B whole. See `feedback.direct_feedback`.
       mask: for taps before ReLUs, the ReLU's derivative, so that the feedback arrives at the layer's output as published. False for taps after.
       released: what the code released with Ren et al. 2023 computes under this name, a local loss on every layer with a fixed random readout
         of the mean over patches (over features after token mixing); the output error is not used. See `guesses.layer_readout`.
     """
-    fixed = feedback.direct_feedback(mask=mask)
+    fixed = feedback.direct_feedback(mask=mask, rank=feedback_rank or None)
     predictor = layer_readout(relu=mask, averaged={"token": "feature"}) if released else fixed
     part = Part(None, insertions.activations(), ("batch",), rules.prediction_only, predictor)
     return Estimator(network, targets.global_loss(), (part,))
