@@ -1,5 +1,6 @@
 """How feedback matrices learn: the two optimisers, Kolen-Pollack's rule, Adam on forward gradients, factors, and feedback as a control variate."""
 
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -10,7 +11,7 @@ from toynets import all_signs, along, distance, flat, hadamard, mean, once, sett
 
 import forwardgrad as fg
 from forwardgrad import descent
-from forwardgrad.guesses import feedback, matrices
+from forwardgrad.guesses import matrices
 from forwardgrad.guesses.base import Site
 from forwardgrad.models.mlp import MLP
 from forwardgrad.named import Named, contract
@@ -50,10 +51,12 @@ def test_the_optimisers_are_those_of_optax(own, theirs):
     assert distance(*both()) < 1e-15
 
 
+@functools.cache
 def mlp(taps="before"):
     """Network, parameters, model state, batch; by hand: pre-activations, outputs of the hidden layers, and the error."""
-    case = setting(MLP(hidden=(3, 2), taps=taps), n=2)
-    return case, by_hand(case[1], case[3])
+    with jax.ensure_compile_time_eval():
+        case = setting(MLP(hidden=(3, 2), taps=taps), n=2)
+        return case, jax.jit(by_hand)(case[1], case[3])
 
 
 def by_hand(params, batch):

@@ -4,9 +4,9 @@ With δ = ∂L/∂y, one hidden unit i, one input j, and the outputs' Jacobian J
 
     Proposition 5   FG-W   Var = (∂L/∂w_ij)² + |∂L/∂W|²
     Proposition 6   FG-A   Var = (δ_i² + |δ|²)(∂y_i/∂w_ij)²
-    Proposition 2   FDFA   Var = α² (δ_i² + |δ|²)(∂y_i/∂w_ij)² given the B before, after one update. The paper's Eq. 19 leaves out the sum over outputs
-                           with the error, and so does its Eq. 21: δ = e J here. Nothing is said there of the B before, which varies as well:
-                           at rest B's variance is α / (2 - α) times that of a sample, of first order in α.
+    Proposition 2   FDFA   Var = α² (δ_i² + |δ|²)(∂y_i/∂w_ij)² given the B before, after one update; the paper's Eq. 19 leaves out the sum over
+                           outputs with the error, δ = e J. The B before varies as well: at rest B's variance is α / (2 - α) times that of
+                           a sample, of first order in α.
     Proposition 1          over examples x and directions, Var = Var_x E[g | x] + E_x Var[g | x]
     Table 4                summed over W, relative to |∂L/∂W|², with σ the identity: n1 n0 + 1 (FG-W), n1 + 1 (FG-A), 0 (BP, DFA), and
                            α² (n1 + 1), which goes to 0 with α (FDFA).
@@ -25,7 +25,7 @@ import forwardgrad as fg
 pytestmark = pytest.mark.float64
 
 CLASSES = 3
-ALPHAS = jnp.array([1.0, 0.3, 0.1, 0.03, 0.01, 0.001])
+ALPHAS = np.array([1.0, 0.3, 0.1, 0.03, 0.01, 0.001])
 
 
 def network(activation):
@@ -145,7 +145,7 @@ def test_the_variance_at_rest_is_alpha_over_two_minus_alpha():
     """Matrices before that vary by this much vary by this much after, over all pairs of the past and the new direction."""
     step, rows, probability, (params, _, _) = updates(2, 2, jnp.tanh)
     j = jacobian(params)
-    samples = jax.vmap(lambda row: step(1.0, j, row)[0])(rows)
+    samples = jax.jit(jax.vmap(lambda row: step(1.0, j, row)[0]))(rows)
     sample = moments(samples, probability)[1]
 
     @jax.jit
@@ -160,7 +160,7 @@ def test_the_variance_at_rest_is_alpha_over_two_minus_alpha():
     assert distance(variance, (ALPHAS / (2 - ALPHAS))[:, None, None] * sample) < 1e-12
 
 
-@pytest.mark.parametrize(("n0", "n1"), [(1, 2), (2, 3), (3, 2)])
+@pytest.mark.parametrize(("n0", "n1"), [(1, 2), (2, 3)])
 def test_table_4(n0, n1):
     linear = lambda z: z
     case = setting(n0, n1)

@@ -169,7 +169,8 @@ def kolen_pollack(
 
     B_l descends, from zero, along Σ_b e_b ⊗ y_b + decay B_l, y_l the layer's output, e with the example weights: one matrix product, and no
     direction is needed. At the last hidden layer this is, transposed, the output weights' own gradient: moved by the same rule and both
-    decaying, they become equal. With a rank, B_l = Q_l P_l as in `learned_feedback`: the gradients are Σ e ⊗ (P y) + decay Q and Σ (Qᵀ e) ⊗ y + decay P. State as there.
+    decaying, they become equal. With a rank, B_l = Q_l P_l as in `learned_feedback`: the gradients are Σ e ⊗ (P y) + decay Q and
+    Σ (Qᵀ e) ⊗ y + decay P. State as there.
 
     Args:
       optimiser: what moves B; by default Adam at 1e-4.
