@@ -13,7 +13,7 @@ from toynets import CELLS, FIXED, N, P, mixer, once, problem, setting
 
 import forwardgrad as fg
 from forwardgrad import errors, recipes, taps
-from forwardgrad.guesses.feedback import learned_feedback
+from forwardgrad.guesses.feedback import kolen_pollack, learned_feedback
 from forwardgrad.guesses.ntk import ntk
 from forwardgrad.guesses.replay import feedback_alignment
 from forwardgrad.models.localmixer import LocalMixer
@@ -153,6 +153,9 @@ CASES = {
     "shared, not kept apart": (lambda: estimate(insertion=fg.activations(shared="batch"), partition=("patch",)), "add 'batch' to the partition, or do not share it"),
     "guided and unbiased": (lambda: estimate(guess=ntk()), "use the projection or the sign rule, or make it the predictor"),
     "nothing to learn from": (lambda: jax.eval_shape(lambda: once(fg.Estimator(mixer(1), fg.local(), (fg.Part(None, fg.activations(), CELLS, predictor=learned_feedback()),)), *problem(1)).grads), "give the part a random guess, or use direct_feedback"),
+    "feedback rule": (lambda: recipes.dkp(mixer(1), rule="average"), "unknown feedback rule 'average': known: adam, sgd"),
+    "feedback rank": (lambda: kolen_pollack(rank=0), "give a rank of at least 1, or None"),
+    "Kolen-Pollack on weights": (lambda: predicted(fg.Estimator(mixer(1), fg.local(), (fg.Part(None, fg.weights(), CELLS, predictor=kolen_pollack()),))), "is a weight: use fg.activations"),
     "unknown activation": (lambda: taps.visited(lambda x: fg.tap(x, "z", ""), taps.replay({"zz": Named(jnp.ones(()), ())}))(1.0), "did you mean 'zz'"),
     "no init": (lambda: predicted(recipes.fa(edited(init=lambda key: ((), ())))), "give the block and its readout an init"),
     "feedback to weights": (lambda: predicted(fg.Estimator(mixer(1), fg.local(), (fg.Part(None, fg.weights(), CELLS, predictor=feedback_alignment()),))), "use fg.activations"),
@@ -204,7 +207,7 @@ def test_what_cannot_work_says_so(name):
 
 
 ROOT = Path(fg.__file__).parent
-FILES = [*ROOT.glob("*.py"), *ROOT.glob("guesses/*.py"), ROOT / "models/mlp.py"]
+FILES = [*ROOT.glob("*.py"), *ROOT.glob("guesses/*.py"), *ROOT.glob("recipes/*.py"), ROOT / "models/mlp.py"]
 ELSEWHERE = {"cite.py"}  # tested with the command line
 
 

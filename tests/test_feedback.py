@@ -92,7 +92,7 @@ def test_learned_feedback_moves_towards_the_mean_jacobian_and_uses_the_matrix_be
     """Mean over directions of the new B: (1 - α) B + α J; its fixed point is J, the mean Jacobian of the outputs."""
     network, params, state, batch = problem()
     alpha = 0.3
-    build = lambda guess: fg.recipes.fdfa(network, guess=guess, alpha=alpha)
+    build = lambda guess: fg.recipes.fdfa(network, guess=guess, rule="average", alpha=alpha)
     start = build(fg.gaussian()).init(jax.random.key(5), params, state, batch)
     assert all(float(jnp.abs(b).max()) == 0 for b in jax.tree.leaves(start)), "learning starts from zero"
     old = jax.tree.map(lambda b: jax.random.normal(jax.random.key(b.size), b.shape), start)
@@ -101,14 +101,14 @@ def test_learned_feedback_moves_towards_the_mean_jacobian_and_uses_the_matrix_be
     @jax.vmap
     def step(row):
         found, new, _ = build(along(row)).estimate(jax.random.key(0), old, params, state, batch)
-        return layers(found.grads), new[0]["global"]["predictor"]
+        return layers(found.grads), new[0]["global"]["predictor"].matrices
 
     grads, new = step(jnp.asarray(hadamard(64)))
     jacobian = jax.jacrev(lambda eps: forward(params, batch["inputs"], eps)[3].sum(0) / N)(zeros())
     for site, j in zip(SITES["before"], jacobian, strict=True):
-        b = old[0]["global"]["predictor"][site].value
+        b = old[0]["global"]["predictor"].matrices[site].value
         assert distance(new[site].value.mean(0), (1 - alpha) * b + alpha * j.sum(1)) < 1e-13
-    matrices = [old[0]["global"]["predictor"][site].value for site in SITES["before"]]
+    matrices = [old[0]["global"]["predictor"].matrices[site].value for site in SITES["before"]]
     on = [z > 0 for z in forward(params, batch["inputs"])[1]]
     deltas = [error(params, batch["inputs"]) @ b * m for b, m in zip(matrices, on, strict=True)]
     for i in (0, 17):  # whatever the direction
@@ -125,9 +125,11 @@ def test_more_draws_average_the_learned_sample():
     }
 
     def learned(guess, draws):
-        method = fg.recipes.fdfa(network, guess=guess, alpha=1.0, draws=draws)
+        method = fg.recipes.fdfa(network, guess=guess, rule="average", alpha=1.0, draws=draws)
         start = method.init(jax.random.key(5), params, state, batch)
-        return jax.jit(method.estimate)(jax.random.key(0), start, params, state, batch)[1][0]["global"]["predictor"]
+        return jax.jit(method.estimate)(jax.random.key(0), start, params, state, batch)[1][0]["global"][
+            "predictor"
+        ].matrices
 
     together = learned(along(rows[0])._replace(propose=stacked), 2)
     apart = [learned(along(row), 1) for row in rows]

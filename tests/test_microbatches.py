@@ -9,6 +9,7 @@ import pytest
 from toynets import setting, two_steps
 
 import forwardgrad as fg
+from forwardgrad.descent import adam
 from forwardgrad.guesses.feedback import learned_feedback
 from forwardgrad.guesses.local import local_gradient
 from forwardgrad.models.localmixer import LocalMixer
@@ -17,10 +18,10 @@ from forwardgrad.models.mlp import MLP
 pytestmark = pytest.mark.float64
 
 
-METHODS = {name: fg.recipes.find(name) for name in ("bp", "lg-fg-a", "fg-w", "fdfa")} | {
+METHODS = {name: fg.recipes.find(name) for name in ("bp", "lg-fg-a", "fg-w", "dkp", "fdfa")} | {
     "orthogonal": lambda network: fg.recipes.lg_fg_a(network, guess=fg.orthogonal()),
     "predictor": lambda network: fg.wrappers.with_predictor(
-        fg.recipes.lg_fg_a(network, guess=fg.gaussian()), learned_feedback(0.5, mask=True)
+        fg.recipes.lg_fg_a(network, guess=fg.gaussian()), learned_feedback(adam(0.5), mask=True)
     ),
 }
 

@@ -70,7 +70,7 @@ def crossed(method):
 
 
 ALL = sorted(f"{block}/{tap}" for block in ("b0", "b1") for tap in ("tok", "chan", "grp"))
-BACKPROP_FREE = ["fg-w", "fg-a", "lg-fg-w", "lg-fg-a", "wp", "np", "dfa", "fdfa"]
+BACKPROP_FREE = ["fg-w", "fg-a", "lg-fg-w", "lg-fg-a", "wp", "np", "dfa", "dkp", "fdfa", "fg-a-fdfa"]
 BACKPROP = ["bp", "lg-bp", "l-bp", "bp-checkpointed", "fa", "l-fa", "lg-fa"]
 
 
@@ -148,7 +148,12 @@ def test_parts_cut_at_the_union_of_their_taps():
 
 @pytest.mark.parametrize(
     ("predictor", "crosses"),
-    [(feedback.direct_feedback(), []), (feedback.learned_feedback(), []), (local_gradient(), ALL)],
+    [
+        (feedback.direct_feedback(), []),
+        (feedback.learned_feedback(), []),
+        (feedback.kolen_pollack(), []),
+        (local_gradient(), ALL),
+    ],
 )
 def test_what_predictors_cross(predictor, crosses):
     """Feedback matrices cross nothing; a local gradient is backpropagation within its block."""

@@ -170,7 +170,7 @@ def estimate(network, method, key=0):
 
 def test_contributing_shows_one_skeleton_of_each_kind():
     folders = [path.removeprefix("src/forwardgrad/").partition("/")[0] for path in skeletons()]
-    assert folders == ["guesses", "models", "data", "presets", "reproductions", "recipes.py", "rules.py"]
+    assert folders == ["guesses", "models", "data", "presets", "reproductions", "recipes", "rules.py"]
 
 
 def test_contributing_guess(tmp_path, monkeypatch):
@@ -220,8 +220,8 @@ def test_contributing_table(tmp_path, monkeypatch):
     assert verdict(cells[0].printed.test + 1, cells[0].printed) == "in range"  # 360 images say little
 
 
-def test_contributing_method(monkeypatch):
-    add(recipes, "src/forwardgrad/recipes.py", monkeypatch)
+def test_contributing_method(tmp_path, monkeypatch):
+    place("recipes", tmp_path, monkeypatch)
     assert recipes.names()[-1] == "lg-fg-a-project"
     network = models.find("mlp")(hidden=(16, 16)).network((8, 8, 1), 10)
     project, plain = (estimate(network, recipes.find(name)(network)) for name in ("lg-fg-a-project", "lg-fg-a"))

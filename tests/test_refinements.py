@@ -7,6 +7,7 @@ from toynets import CELLS, TARGETS, G, N, P, along, distance, estimates, gradien
 
 import forwardgrad as fg
 from forwardgrad import taps
+from forwardgrad.descent import sgd
 from forwardgrad.guesses import feedback
 from forwardgrad.guesses.base import Guess
 from forwardgrad.guesses.local import local_gradient
@@ -158,7 +159,7 @@ def test_a_learned_predictor_is_unbiased_at_every_stage_and_its_statistics_sum()
     params, state = jax.tree.map(lambda x: x.astype("float64"), network.init(jax.random.key(0)))
     batch = {"inputs": jax.random.normal(jax.random.key(1), (4, 3, 1, 1)), "labels": jnp.array([0, 1, 2, 0])}
     batch |= {"weight": jnp.full(4, 0.25), "index": jnp.arange(4)}
-    learned = feedback.learned_feedback(0.3, mask=True)
+    learned = feedback.learned_feedback(sgd(0.3), mask=True)
     build = lambda guess, predictor: fg.wrappers.with_predictor(fg.recipes.fg_a(network, guess=guess), predictor)
 
     @jax.jit
@@ -179,7 +180,8 @@ def test_a_learned_predictor_is_unbiased_at_every_stage_and_its_statistics_sum()
 
     assert distance(mean(along_row(jnp.asarray(hadamard(32)))), true) < 1e-12
 
-    shown = learned._replace(update=lambda old, statistics: statistics)  # the new state is what was observed
+    seen = lambda old, statistics: old._replace(matrices=statistics)  # the new state is what was observed
+    shown = learned._replace(update=seen)
     run = jax.jit(lambda b: build(fg.rademacher(), shown).estimate(jax.random.key(9), states[1], params, state, b)[1])
     half = lambda i: jax.tree.map(lambda x: x[2 * i : 2 * i + 2], batch)
     both = jax.tree.map(jnp.add, run(half(0)), run(half(1)))

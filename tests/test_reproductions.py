@@ -18,7 +18,7 @@ from forwardgrad.bias import bias
 from forwardgrad.cli.main import dispatch
 from forwardgrad.models.localmixer import LocalMixer
 from forwardgrad.presets import Experiment
-from forwardgrad.recipes import LOSSES
+from forwardgrad.recipes.ren2023 import LOSSES
 from forwardgrad.reproductions import figures, records, report
 from forwardgrad.reproductions.cells import Cell, Printed, Table, expected, verdict
 

@@ -24,19 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toynets import all_signs
+from toynets import all_signs, gauss
 
 import forwardgrad as fg
 
 pytestmark = pytest.mark.float64
 
 M, N = 3, 2  # examples in the population and in a batch
-
-
-def gauss(size):
-    """Nodes [3^size, size] and their probabilities."""
-    nodes = np.array(list(itertools.product((-(3**0.5), 0.0, 3**0.5), repeat=size)))
-    return nodes, np.where(nodes == 0, 2 / 3, 1 / 6).prod(1)
 
 
 def enumeration(kind, size):

@@ -58,8 +58,16 @@ class Experiment(Generic[M]):
     needs --allow-bias"""
     variant: Literal["paper", "released"] = "paper"
     """fg-a, fa, l-fa, lg-fa, dfa: as in the paper, or as the code released with Ren et al. 2023 computes what it calls so"""
+    feedback_rule: Literal["adam", "average", "sgd"] = "adam"
+    """what moves learned feedback matrices: adam or average (with rate alpha) for fdfa and fg-a-fdfa, adam or sgd for dkp"""
+    feedback_lr: float = 1e-4
+    """dkp, fdfa, fg-a-fdfa only: learning rate of the feedback matrices, the same at every step; the rule average has alpha"""
+    feedback_decay: float = 0.0
+    """dkp only: this times the feedback matrices is added to their gradient"""
+    feedback_rank: int = 0
+    """dkp, fdfa, fg-a-fdfa, dfa only: feedback matrices as products of two factors of this rank, for many classes; 0: whole"""
     alpha: float = 1e-3
-    """fdfa only: rate of the moving average of the feedback matrices"""
+    """fdfa, fg-a-fdfa only: rate of the moving average of the feedback matrices, where it is their rule"""
     flip: bool = False
     """flip training images left to right at random"""
     crop: int = 0
@@ -95,6 +103,10 @@ class Experiment(Generic[M]):
             "losses": self.losses,
             "norm_gradient": self.norm_gradient,
             "released": self.variant == "released",
+            "rule": self.feedback_rule,
+            "feedback_lr": self.feedback_lr,
+            "feedback_decay": self.feedback_decay,
+            "feedback_rank": self.feedback_rank,
             "alpha": self.alpha,
         }
         if self.precision != "float32":
@@ -122,14 +134,15 @@ class Experiment(Generic[M]):
             ("train_images", 0),
             ("crop", 0),
             ("seed", 0),
+            ("feedback_rank", 0),
         ):
             if getattr(self, name) < least:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} must be at least {least}, not {getattr(self, name)}.")
-        for name in ("lr", "alpha"):
+        for name in ("lr", "feedback_lr", "alpha"):
             if not getattr(self, name) > 0:
-                raise InputError(f"--{name} must be positive, not {getattr(self, name)}.")
-        for name in ("weight_decay", "warmup_epochs", "momentum", "classifier_lr"):
+                raise InputError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}.")
+        for name in ("weight_decay", "feedback_decay", "warmup_epochs", "momentum", "classifier_lr"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"--{name.replace('_', '-')} must not be negative, and is {getattr(self, name)}.")
         if 0 < self.train_images < self.batch_size:
@@ -141,7 +154,11 @@ class Experiment(Generic[M]):
             raise InputError(
                 f"microbatches of {self.microbatch} do not divide a batch of {self.batch_size}: set --microbatch to a divisor, to 0 or to auto."
             )
-        for name, value, known in (("guess", self.guess, GUESSES), ("variant", self.variant, ("paper", "released"))):
+        for name, value, known in (
+            ("guess", self.guess, GUESSES),
+            ("variant", self.variant, ("paper", "released")),
+            ("feedback rule", self.feedback_rule, ("adam", "average", "sgd")),
+        ):
             if value not in known:
                 raise unknown(name, value, known)
 
