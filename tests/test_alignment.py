@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toynets import along, all_signs, gradient, hadamard, mixer, once, problem
+from toynets import all_signs, along, gradient, hadamard, mixer, once, problem
 
 import forwardgrad as fg
 from forwardgrad.diagnostics import alignment
@@ -103,7 +103,8 @@ def enumerated(build, network, case, table, target):
     table = jnp.asarray(table)
     found = jax.jit(lambda: alignment.found(alignment.moments(estimate, table, reference), reference, len(table)))()
     return {
-        row["layer"]: row for row in alignment.rows(list(alignment.weights(network, case[0])), found["exact"], len(table))
+        row["layer"]: row
+        for row in alignment.rows(list(alignment.weights(network, case[0])), found["exact"], len(table))
     }
 
 
@@ -145,7 +146,9 @@ def test_weight_perturbation_has_the_variance_of_its_docstring(draws):
     assert whole["variance"] == row["variance"]
     assert row["bias"] == 0
     # E|ĝ|² = V + |∇|²: what the variance is a share of
-    assert row["variance_share"] * (len(table) - 1) / len(table) == pytest.approx(3 / draws / (3 / draws + 1), rel=1e-12)
+    assert row["variance_share"] * (len(table) - 1) / len(table) == pytest.approx(
+        3 / draws / (3 / draws + 1), rel=1e-12
+    )
 
 
 def test_complete_orthogonal_sets_are_exact_whatever_the_key():
