@@ -29,7 +29,7 @@ class Options(Places):
     at: tuple[int, ...] = ()
     """epochs after which estimates are measured, 0 being before the first step; by default 0 and every epoch"""
     draws_for_moments: int = 64
-    """estimates with fresh keys from which mean and variance are taken, a multiple of 4"""
+    """estimates with fresh keys from which mean and variance are taken, a multiple of 4, at least 8"""
     examples: int = 0
     """training images of the fixed batch; 0: as many as a training step has"""
     out: Path | None = None
@@ -89,8 +89,8 @@ def _how(experiment: Experiment[Any], options: Options, kind: Any) -> Any:
     if min(epochs) < 0 or max(epochs) > experiment.epochs:
         wrong = next(e for e in epochs if not 0 <= e <= experiment.epochs)
         raise InputError(f"--at {wrong} is no epoch of this run: give numbers from 0 to {experiment.epochs}.")
-    if options.draws_for_moments < 4 or options.draws_for_moments % 4:
-        raise InputError(f"--draws-for-moments must be a multiple of 4, at least 4, not {options.draws_for_moments}.")
+    if options.draws_for_moments < 8 or options.draws_for_moments % 4:
+        raise InputError(f"--draws-for-moments must be a multiple of 4, at least 8, not {options.draws_for_moments}.")
     if options.examples < 0:
         raise InputError(f"--examples must be at least 0, not {options.examples}.")
     return kind(epochs, options.draws_for_moments, options.examples or experiment.batch_size)
@@ -163,13 +163,13 @@ def _print_layers(rows: list[dict[str, Any]]) -> None:
     last = max((row["epoch"] for row in rows), default=0)
     columns = list(dict.fromkeys((r["method"], r["reference"]) for r in rows))
     found = {(r["layer"], r["method"], r["reference"]): r["degrees"] for r in rows if r["epoch"] == last}
-    table = Table(title=f"degrees between the mean estimate and the true gradient after epoch {last}")
+    table = Table(title=f"degrees between mean estimate and true gradient, after epoch {last}")
     table.add_column("layer")
     for method, reference in columns:
         table.add_column(f"{method}\n({reference})", justify="right")
     for layer in dict.fromkeys(r["layer"] for r in rows):
         table.add_row(layer, *(_shown(found.get((layer, *column)), 1) for column in columns))
-    Console().print(table)
+    Console(width=max(Console().width, 120)).print(table)
 
 
 def _print_totals(totals: list[dict[str, Any]], runs: list[dict[str, Any]]) -> None:
@@ -184,10 +184,10 @@ def _print_totals(totals: list[dict[str, Any]], runs: list[dict[str, Any]]) -> N
         bias = _shown(last["bias"], 3) + ("" if last["bias_se"] is None else f" ± {_shown(last['bias_se'], 3)}")
         table.add_row(
             method + (" (diverged)" if method in diverged else ""),
-            f"{reference} loss" + ("s" if reference.startswith("local") else ""),
+            f"{reference} loss",
             f"{_shown(angles[0], 1)} to {_shown(angles[-1], 1)}",
             _shown(last["cosine"], 3),
             bias,
             _shown(last["variance"], 2),
         )
-    Console().print(table)
+    Console(width=max(Console().width, 120)).print(table)

@@ -15,12 +15,11 @@ B is the mean of <ĝ_i - g, ĝ_j - g> over all pairs of draws, whose variance is
 
     Var B = 4 bᵀΣb / K + 2 tr(Σ²) / (K (K - 1)).
 
-Both terms have unbiased estimates from four draws i, j, k, l (the means over the ways to name them):
-
-    bᵀΣb = E <ĝ_i - ĝ_j, ĝ_k - g> <ĝ_i - ĝ_j, ĝ_l - g> / 2        tr(Σ²) = E <ĝ_i - ĝ_j, ĝ_k - ĝ_l>² / 4
-
-so draws are made four at a time, and each group is added to sums: five vectors of the weights' size at a time, whatever K is. `bias_squared_se` is
-sqrt(Var B) / |g|², and `bias_se` how much larger the bias would be if B were larger by that: sqrt(max(B, 0) + sqrt(Var B)) / |g| - bias.
+Both terms have unbiased estimates from draws that are made four at a time: tr(Σ²) = E <ĝ_i - ĝ_j, ĝ_k - ĝ_l>² / 4 for four different draws, and the
+sample variance of <ĝ, m' - g> over four draws, with m' the mean of the n draws before them, has the expectation bᵀΣb + tr(Σ²) / n. So a group is
+added to sums and forgotten: five vectors of the weights' size at a time, whatever K is. `bias_squared_se` is sqrt(Var B) / |g|², the estimate of
+bᵀΣb being no less than zero, and `bias_se` is how much larger the bias would be if B were larger by sqrt(Var B):
+sqrt(max(B, 0) + sqrt(Var B)) / |g| - bias.
 
 A mean of few noisy estimates still points elsewhere than their expectation: its cosine is at most about 1 / sqrt(1 + variance / K). An estimate that
 is zero has cosine 0. Where g vanishes (or is as small as rounding) nothing can be compared with it: `None`.
@@ -69,7 +68,7 @@ class Moments(NamedTuple):
       squares: Σ |ĝ|².
       trace: Σ over groups of tr(Σ²).
       cosines: Σ of the cosine with each reference's gradient.
-      along: Σ over groups of bᵀΣb, by reference.
+      along: Σ over groups of the n draws before times the sample variance along their mean's distance, by reference.
     """
 
     mean: dict[str, jax.Array]
@@ -85,7 +84,7 @@ def moments(estimate: Callable[[Any], Vectors], keys: Any, references: Mapping[s
 
     Args:
       estimate: `key -> {layer: vector}`.
-      keys: an array with a leading axis, whose length is a multiple of four.
+      keys: an array with a leading axis, whose length is a multiple of four, at least eight.
       references: `{name: {layer: true gradient}}`.
     """
     groups = keys.reshape(-1, GROUP, *keys.shape[1:])
@@ -118,8 +117,8 @@ def _added(sums: Moments, before: jax.Array, found: Vectors, references: Mapping
         dots = _per_layer(lambda x, g: x @ g, found, true)
         norms = jnp.sqrt(squares * _per_layer(_square, true)[:, None])
         cosines[name] = sums.cosines[name] + _ratio(dots, norms).sum(1)
-        off = _per_layer(lambda x, g: _products(x - g), found, true)
-        along[name] = sums.along[name] + _variance_along_bias(off)
+        shadow = _per_layer(lambda x, mean, before, g: (x - mean) @ (before - g), found, means, sums.mean, true)
+        along[name] = sums.along[name] + before * shadow.var(1, ddof=1)
     return Moments(
         {name: mean + share * moved[name] for name, mean in sums.mean.items()},
         sums.scatter + jnp.trace(inner, axis1=1, axis2=2) + between,
@@ -157,11 +156,12 @@ def _trace_of_square(products: jax.Array) -> jax.Array:
     return jnp.stack(ways).mean(0)
 
 
-def _variance_along_bias(products: jax.Array) -> jax.Array:
-    """Unbiased for bᵀΣb, from the products of four estimates less the true gradient."""
-    p = lambda i, j: products[..., i, j]
-    both = [(*a, *b) for pair in PAIRINGS for a, b in (pair, pair[::-1])]
-    return jnp.stack([(p(i, k) - p(j, k)) * (p(i, m) - p(j, m)) / 2 for i, j, k, m in both]).mean(0)
+def variance_of_bias(sums: Moments, reference: str, draws: int) -> tuple[jax.Array, jax.Array]:
+    """The two terms of Var B, unbiased, of which the first may be negative."""
+    groups = draws / GROUP
+    trace = sums.trace / groups
+    along = sums.along[reference] / (2 * groups * (groups - 1)) - trace / (2 * groups)
+    return 4 * along / draws, 2 * trace / (draws * (draws - 1))
 
 
 class Found(NamedTuple):
@@ -187,12 +187,11 @@ def found(sums: Moments, references: Mapping[str, Vectors], draws: int) -> dict[
     variance = sums.scatter / (draws - 1)
     for name, true in references.items():
         bias = _per_layer(lambda m, g: _square(m - g), sums.mean, true) - variance / draws
-        groups = draws / GROUP
-        spread = 4 * sums.along[name] / groups / draws + 2 * sums.trace / groups / (draws * (draws - 1))
+        along, trace = variance_of_bias(sums, name, draws)
         out[name] = Found(
             variance,
             bias,
-            jnp.sqrt(jnp.maximum(spread, 0)),
+            jnp.sqrt(jnp.maximum(along, 0) + trace),
             sums.cosines[name] / draws,
             _per_layer(lambda m, g: m @ g, sums.mean, true),
             _per_layer(_square, true),

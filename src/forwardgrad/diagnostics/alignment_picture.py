@@ -51,7 +51,7 @@ def draw(path: Path, rows: list[dict[str, Any]], title: str) -> None:
 
 
 def _title(quantity: str, reference: str) -> str:
-    loss = "final loss" if reference == "global" else f"{reference} losses"
+    loss = "final loss" if reference == "global" else f"{reference} loss"
     return {
         "degrees": f"angle to the gradient of the\n{loss} (degrees)",
         "bias": "bias (relative)",

@@ -30,7 +30,7 @@ class How:
 
     Attributes:
       epochs: after which; 0 is before the first step.
-      draws: estimates with fresh keys; a multiple of four.
+      draws: estimates with fresh keys; a multiple of four, at least eight.
       examples: of the fixed batch, which are not augmented.
     """
 
@@ -116,7 +116,7 @@ def measure(
     Args:
       method, references: on the same network.
       state, params, model_state, batch: as in `Estimator.estimate`.
-      keys: one per draw, a multiple of four.
+      keys: one per draw, a multiple of four, at least eight.
     """
     grads = lambda one, key, state: one.estimate(key, state, params, model_state, batch)[0].grads
     true = {name: alignment.weights(one.network, grads(one, keys[0], ())) for name, one in references.items()}
