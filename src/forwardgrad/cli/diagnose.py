@@ -48,8 +48,12 @@ def run(argv: list[str]) -> int:
     from forwardgrad.training.loop import load_arrays
     from forwardgrad.training.metrics import write_json
 
-    how = _how(experiment, options, How)
+    how = How(*_how(experiment, options))
     arrays = load_arrays(experiment, options.data_dir, options.offline)
+    if how.examples > len(arrays.train_images):
+        raise InputError(
+            f"no batch of {how.examples} can be taken from {len(arrays.train_images)} training images: set --examples to at most that."
+        )
     experiments = [dataclasses.replace(experiment, method=method) for method in methods]
     for one in experiments:
         _refuse(one, arrays)
@@ -83,17 +87,17 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _how(experiment: Experiment[Any], options: Options, kind: Any) -> Any:
-    """The measurement that the flags ask for."""
-    epochs = options.at or tuple(range(experiment.epochs + 1))
-    if min(epochs) < 0 or max(epochs) > experiment.epochs:
-        wrong = next(e for e in epochs if not 0 <= e <= experiment.epochs)
-        raise InputError(f"--at {wrong} is no epoch of this run: give numbers from 0 to {experiment.epochs}.")
-    if options.draws_for_moments < 8 or options.draws_for_moments % 4:
-        raise InputError(f"--draws-for-moments must be a multiple of 4, at least 8, not {options.draws_for_moments}.")
+def _how(experiment: Experiment[Any], options: Options) -> tuple[tuple[int, ...], int, int]:
+    """Epochs, draws and examples of the measurement that the flags ask for."""
+    epochs, draws = options.at or tuple(range(experiment.epochs + 1)), options.draws_for_moments
+    wrong = [epoch for epoch in epochs if not 0 <= epoch <= experiment.epochs]
+    if wrong:
+        raise InputError(f"--at {wrong[0]} is no epoch of this run: give numbers from 0 to {experiment.epochs}.")
+    if draws < 8 or draws % 4:
+        raise InputError(f"--draws-for-moments must be a multiple of 4, at least 8, not {draws}.")
     if options.examples < 0:
         raise InputError(f"--examples must be at least 0, not {options.examples}.")
-    return kind(epochs, options.draws_for_moments, options.examples or experiment.batch_size)
+    return epochs, draws, options.examples or experiment.batch_size
 
 
 def _refuse(one: Experiment[Any], arrays: Any) -> None:

@@ -209,33 +209,33 @@ def rows(layers: list[str], one: Found, draws: int) -> list[dict[str, Any]]:
       one: against one reference.
       draws: for the record.
     """
-    values = Found(*(np.asarray(x, np.float64) for x in one))
-    rounding = 100 * float(jnp.finfo(one.gradient.dtype).eps) * math.sqrt(float(values.gradient[:-1].max()))
+    values = {name: np.asarray(x, np.float64) for name, x in one._asdict().items()}
+    rounding = 100 * float(jnp.finfo(one.gradient.dtype).eps) * math.sqrt(float(values["gradient"][:-1].max()))
     places = [*map(sorted(layers).index, layers), len(layers)]
-    each = [_row(Found(*(float(x[i]) for x in values)), rounding) for i in places]  # pyright: ignore[reportArgumentType]
+    each = [_row({name: float(x[i]) for name, x in values.items()}, rounding) for i in places]
     return [{"layer": name, **row, "draws": draws} for name, row in zip([*layers, ALL], each, strict=True)]
 
 
-def _row(x: Any, rounding: float) -> dict[str, float | None]:
-    norm, mean = math.sqrt(x.gradient), math.sqrt(x.mean)
+def _row(x: Mapping[str, float], rounding: float) -> dict[str, float | None]:
+    norm, mean = math.sqrt(x["gradient"]), math.sqrt(x["mean"])
     names = ("degrees", "cosine", "cosine_of_mean", "bias", "bias_se", "bias_squared", "bias_squared_se", "variance")
     own: dict[str, float | None] = dict.fromkeys(names)
     if norm > rounding:
-        cosine = max(-1.0, min(1.0, x.inner / (mean * norm))) if mean > 0 else 0.0
-        bias = math.sqrt(max(x.B, 0.0)) / norm
+        cosine = max(-1.0, min(1.0, x["inner"] / (mean * norm))) if mean > 0 else 0.0
+        bias = math.sqrt(max(x["B"], 0.0)) / norm
         own = {
             "degrees": math.degrees(math.acos(cosine)),
-            "cosine": x.cosine,
+            "cosine": x["cosine"],
             "cosine_of_mean": cosine,
             "bias": bias,
-            "bias_se": math.sqrt(max(x.B, 0.0) + x.B_se) / norm - bias,
-            "bias_squared": x.B / x.gradient,
-            "bias_squared_se": x.B_se / x.gradient,
-            "variance": x.V / x.gradient,
+            "bias_se": math.sqrt(max(x["B"], 0.0) + x["B_se"]) / norm - bias,
+            "bias_squared": x["B"] / x["gradient"],
+            "bias_squared_se": x["B_se"] / x["gradient"],
+            "variance": x["V"] / x["gradient"],
         }
     return {
         **own,
-        "variance_share": x.V / x.estimates if x.estimates > 0 else None,
+        "variance_share": x["V"] / x["estimates"] if x["estimates"] > 0 else None,
         "gradient_norm": norm,
         "estimate_norm": mean,
     }

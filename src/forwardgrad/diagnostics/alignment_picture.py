@@ -25,21 +25,19 @@ def draw(path: Path, rows: list[dict[str, Any]], title: str) -> None:
         return
     columns = [("degrees", OWN), ("bias", OWN), ("variance", OWN)]
     if any(not row["own_target"] for row in rows):
-        columns.insert(1, ("degrees", "global"))
+        columns.append(("degrees", "global"))
     with picture(path, len(methods), len(columns), title) as panels:
         for j, (quantity, reference) in enumerate(columns):
             for i, method in enumerate(methods):
-                wanted = lambda r, reference=reference: (
-                    r["own_target"] if reference == OWN else r["reference"] == reference
-                )
-                mine = [r for r in rows if r["method"] == method and wanted(r)]
+                mine = [r for r in rows if r["method"] == method and r["own_target"] == (reference == OWN)]
+                if not mine:  # its own target is the final loss: the first column says it all
+                    panels[i][j].set_axis_off()
+                    continue
                 _lines(panels[i][j], mine, layers, quantity)
-            _share(panels[:, j], quantity)
+                panels[i][j].set(xlabel="epoch", ylabel=_title(quantity, mine[0]["reference"]))
+            _share([axes for axes in panels[:, j] if axes.axison], quantity)
         for i, method in enumerate(methods):
-            own = next(r["reference"] for r in rows if r["method"] == method and r["own_target"])
-            panels[i][0].set_ylabel(f"{method}\n\n{_title('degrees', own)}")
-            for j, (quantity, reference) in enumerate(columns[1:], 1):
-                panels[i][j].set_ylabel(_title(quantity, own if reference == OWN else reference))
+            panels[i][0].set_title(method, loc="left", fontweight="bold")
         panels[0][-1].legend(
             *_key(layers, panels[0][-1]),
             title="layer",
@@ -72,34 +70,37 @@ def _key(layers: list[str], axes: Any) -> tuple[list[Any], list[str]]:
 
 
 def _lines(axes: Any, rows: list[dict[str, Any]], layers: list[str], quantity: str) -> None:
-    for k, layer in enumerate(layers):
-        points = [(r["epoch"], r[quantity], r) for r in rows if r["layer"] == layer and r[quantity] is not None]
-        if quantity != "degrees":
-            points = [point for point in points if point[1] > NOTHING]
-        if not points:
-            continue
-        x, y, of = zip(*points, strict=True)
-        colour = _colour(k, len(layers))
-        axes.plot(x, y, "o-", color=colour, markersize=3 if len(x) < 30 else 0, linewidth=1.2)
-        if quantity == "bias":
-            axes.fill_between(x, y, [v + r["bias_se"] for v, r in zip(y, of, strict=True)], color=colour, alpha=0.15)
     known = [r[quantity] for r in rows if r[quantity] is not None]
-    if quantity != "degrees" and max(known, default=0.0) <= NOTHING:
-        said = f"no {quantity}" if known else "no gradient to compare with"
+    if quantity == "variance" and max(known, default=0.0) <= NOTHING:
+        said = "no variance" if known else "no gradient to compare with"
         axes.text(0.5, 0.5, said, transform=axes.transAxes, ha="center", color="grey")
+        return
+    for k, layer in enumerate(layers):
+        own = [r for r in rows if r["layer"] == layer and r[quantity] is not None]
+        own = [r for r in own if quantity != "variance" or r[quantity] > NOTHING]
+        x, y = [r["epoch"] for r in own], [r[quantity] for r in own]
+        style = {"color": _colour(k, len(layers)), "markersize": 3 if len(x) < 30 else 0, "linewidth": 1.2}
+        if x:
+            axes.plot(x, y, "o-", **style)
+        if quantity == "bias":  # as far as the bias may be one standard error larger
+            upper = [r["bias"] + r["bias_se"] for r in own]
+            axes.fill_between(x, y, upper, color=style["color"], alpha=min(0.15, 0.6 / len(layers)), lw=0)
 
 
-def _share(panels: Any, quantity: str) -> None:
+def _share(panels: list[Any], quantity: str) -> None:
     """One range for all methods."""
     drawn = [axes for axes in panels if axes.lines]
-    low, high = (f(x for axes in drawn for x in axes.get_xlim()) if drawn else k for f, k in ((min, 0), (max, 1)))
     values = [y for axes in drawn for line in axes.lines for y in line.get_ydata()]
-    for axes in panels:
-        axes.set(xlim=(low, high), xlabel="epoch")
+    epochs = [limit for axes in drawn for limit in axes.get_xlim()]
+    for axes in panels if values else []:
+        axes.set_xlim(min(epochs), max(epochs))
         axes.grid(alpha=0.25, linewidth=0.5)
         axes.xaxis.get_major_locator().set_params(integer=True)
         if quantity == "degrees":
-            axes.set_ylim(0, max(95, *values) if values else 95)
-            axes.set_yticks(range(0, 181 if values and max(values) > 100 else 91, 30))
-        elif values:
+            top = max(95, max(values) + 3)
+            axes.set(yticks=range(0, int(top) + 1, 30), ylim=(-2, top))
+        elif quantity == "bias":
+            axes.set_yscale("symlog", linthresh=0.1)
+            axes.set_ylim(-0.01, max(0.2, 1.5 * max(values)))
+        else:
             axes.set(yscale="log", ylim=(min(values) / 1.5, max(values) * 1.5))

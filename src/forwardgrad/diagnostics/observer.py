@@ -59,10 +59,8 @@ class Observer:
     def __init__(self, learner: Learner, directory: Path, how: How, say: Callable[[str], None]):
         self.learner, self.path, self.how, self.say = learner, directory / FILE, how, say
         self.known = stored(directory, how)
-        n = len(learner.arrays.train_images)
-        if not 1 <= how.examples <= n:
-            raise InputError(f"no batch of {how.examples} can be taken from {n} images: set --examples from 1 to {n}.")
-        self._chosen = batches.epoch_order(learner.experiment.seed, 0, n)[: how.examples]
+        n, seed = len(learner.arrays.train_images), learner.experiment.seed
+        self._chosen = batches.epoch_order(seed, 0, n)[: how.examples]  # in the order of the first epoch
         self._measure = jax.jit(functools.partial(measure, learner.method, references(learner)))
 
     def __call__(self, state: TrainState) -> None:
