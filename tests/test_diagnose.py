@@ -46,7 +46,7 @@ def test_rows_are_complete_and_a_repeated_command_goes_on(tmp_path, capsys):
     for row in (r for r in rows if r["method"] == "bp"):
         assert row["cosine"] == pytest.approx(1, abs=1e-5)
         assert (row["bias"], row["variance"]) == (pytest.approx(0, abs=1e-5), pytest.approx(0, abs=1e-9))
-    assert all(r["variance"] > 1 for r in rows if r["method"] == "lg-fg-a" and r["own_target"])
+    assert all(r["variance"] > 1e-3 for r in rows if r["method"] == "lg-fg-a" and r["own_target"])
     mine = [r["degrees"] for r in rows if (r["method"], r["epoch"], r["reference"]) == ("lg-fg-a", 1, "local")]
     (whole,) = [r for r in totals if (r["method"], r["epoch"], r["reference"]) == ("lg-fg-a", 1, "local")]
     assert whole["mean_degrees"] == pytest.approx(sum(mine) / 2)
@@ -60,7 +60,8 @@ def test_rows_are_complete_and_a_repeated_command_goes_on(tmp_path, capsys):
     measured["rows"] = [row for row in measured["rows"] if row["epoch"] == 0]
     (run / "alignment.json").write_text(json.dumps(measured))
     assert line(out) == 0
-    assert json.loads((out / "diagnose.json").read_text()) == found
+    again = json.loads((out / "diagnose.json").read_text())
+    assert (again["rows"], again["totals"]) == (rows, totals)
 
     capsys.readouterr()
     assert line(out, "--draws-for-moments", "12") == 2

@@ -90,11 +90,8 @@ def moments(estimate: Callable[[Any], Vectors], keys: Any, references: Mapping[s
     groups = keys.reshape(-1, GROUP, *keys.shape[1:])
     layers = jax.eval_shape(estimate, keys[0])
     zeros = jnp.zeros(len(layers) + 1, jnp.result_type(*layers.values()))
-    start = Moments(
-        {name: jnp.zeros(x.shape, x.dtype) for name, x in layers.items()},
-        *(zeros,) * 3,
-        *(dict.fromkeys(references, zeros),) * 2,
-    )
+    mean, each = ({name: jnp.zeros(x.shape, x.dtype) for name, x in layers.items()}, dict.fromkeys(references, zeros))
+    start = Moments(mean, zeros, zeros, zeros, each, each)
 
     def add(sums: Moments, group: tuple[jax.Array, Any]) -> tuple[Moments, None]:
         number, keys = group

@@ -78,8 +78,8 @@ class Observer:
         self.known[epoch] = [
             {"method": learner.experiment.method, "epoch": epoch, "step": int(state.step), "reference": name}
             | {"own_target": name == own, **row, "examples": self.how.examples}
-            for name, one in measured.items()
-            for row in alignment.rows(layers, one, self.how.draws)
+            for name in sorted(measured, key=lambda name: name != own)
+            for row in alignment.rows(layers, measured[name], self.how.draws)
         ]
         rows = [row for e in sorted(self.known) for row in self.known[e]]
         write_json(self.path, {**self.how.to_json(), "rows": rows})
