@@ -118,12 +118,16 @@ def test_a_run_and_its_record(tmp_path, monkeypatch, capsys):
     assert good["command"] == "forwardgrad reproduce toy:figure:good-1:bp"
     assert good["cell"] == {"paper": "toy", "table": "figure", "column": "good-1", "row": "bp"}
     assert {"variant", "hardware", "commit", "version"} <= set(good)
+    assert (good["curve"]["epoch"], good["curve"]["test_error"][-1]) == (
+        [1, 2],
+        pytest.approx(good["test_error"], abs=1e-5),
+    )
 
     # the same experiment in another cell is not trained again; worse than the paper is exit code 1
     assert cell("bad-2", "--microbatch", "64") == 1
     bad = found("bad-2-bp-2-epochs-seed0")
     assert bad["verdict"] == "worse"
-    assert bad["wall_seconds"] == good["wall_seconds"]
+    assert (bad["wall_seconds"], bad["curve"]) == (good["wall_seconds"], good["curve"])
     # shortened, the verdict is no failure
     assert cell("bad-2", "--epochs", "1", "--train-images", "256") == 0
     assert "shortened: +" in capsys.readouterr().out
@@ -161,20 +165,22 @@ def test_a_published_cell_runs_and_is_kept(tmp_path):
 def test_figures_are_drawn_from_records_alone(tmp_path):
     for paper, name in TABLES:
         table = reproductions.papers()[paper][name]
-        if table.draw is not None:
+        if table.draw is not None or table.curves:
             made = [
                 records.record(
                     one,
                     dataclasses.replace(one.experiment, seed=seed),
                     {"test_error": 30.0, "train_error": 20.0 + seed, "epochs": 200, "seed": seed, "dataset": "cifar10"},
                     {},
+                    {"epoch": [1, 2], "train_loss": [2.0, 1.0], "train_error": [9.0, 8.0], "test_error": [9.0, 8.5]},
                 )
                 for one in table.cells
                 for seed in (0, 1)
             ]
             assert len(records.alike(made, made[0])) == len(made)
             figures.draw(tmp_path / f"{name}.png", table, made)
-    assert len(list(tmp_path.glob("*.png"))) == 2
+    drawn = [name for paper, name in TABLES if (t := reproductions.papers()[paper][name]).draw is not None or t.curves]
+    assert len(list(tmp_path.glob("*.png"))) == len(drawn) >= 2
 
 
 def test_results_are_those_of_the_records():

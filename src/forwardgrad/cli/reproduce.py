@@ -14,7 +14,7 @@ from forwardgrad import recipes, reproductions
 from forwardgrad.cli.options import Places, flags, tyro_cli
 from forwardgrad.errors import Diverged, InputError
 from forwardgrad.presets import Experiment
-from forwardgrad.reproductions import records
+from forwardgrad.reproductions import curves, records
 from forwardgrad.reproductions.cells import Cell, expected
 
 MADE = "made.json"  # in a run's directory: what it was made on and by
@@ -118,16 +118,16 @@ def _one(cell: Cell, experiment: Experiment[Any], options: Options) -> tuple[Pat
     except OSError as error:
         raise InputError(f"{path.parent} cannot be written ({error.strerror}): choose other --results.") from error
     try:
-        result, made = _known(experiment, directory, options.runs) or _run(cell, experiment, directory, options)
+        result, made, run = _known(experiment, directory, options.runs) or _run(cell, experiment, directory, options)
     except Diverged as error:
-        result, made = records.diverged(cell, experiment, str(error)), records.made()
-    one = records.record(cell, experiment, result, made)
+        result, made, run = records.diverged(cell, experiment, str(error)), records.made(), directory
+    one = records.record(cell, experiment, result, made, curves.of(run))
     write_json(path, one)
     return path, one
 
 
-def _run(cell: Cell, experiment: Experiment[Any], directory: Path, options: Options) -> tuple[Any, Any]:
-    """Train to the end; what it was made by is kept beside the run."""
+def _run(cell: Cell, experiment: Experiment[Any], directory: Path, options: Options) -> tuple[Any, Any, Path]:
+    """Train to the end: result, origin and directory. What it was made by is kept beside the run."""
     from forwardgrad.training.loop import train
     from forwardgrad.training.metrics import write_json
 
@@ -142,11 +142,11 @@ def _run(cell: Cell, experiment: Experiment[Any], directory: Path, options: Opti
     )
     made = records.made()
     write_json(directory / MADE, made)
-    return result, made
+    return result, made, directory
 
 
-def _known(experiment: Experiment[Any], own: Path, runs: Path) -> tuple[Any, Any] | None:
-    """Result and origin of a finished run of this experiment: the cell's own, or that of another cell (tables share some)."""
+def _known(experiment: Experiment[Any], own: Path, runs: Path) -> tuple[Any, Any, Path] | None:
+    """Result, origin and directory of a finished run of this experiment: the cell's own, or that of another cell (tables share some)."""
     from forwardgrad.training.loop import finished
 
     others = sorted(path.parent for path in runs.rglob("result.json"))
@@ -154,7 +154,7 @@ def _known(experiment: Experiment[Any], own: Path, runs: Path) -> tuple[Any, Any
         result = finished(directory, experiment)
         if result is not None:
             made = directory / MADE
-            return result, json.loads(made.read_text()) if made.exists() else records.made()
+            return result, json.loads(made.read_text()) if made.exists() else records.made(), directory
     return None
 
 
@@ -165,12 +165,12 @@ def _draw(cells: tuple[Cell, ...], one: dict[str, Any], results: Path) -> None:
     paper, table = cells[0].paper, cells[0].table
     found = reproductions.papers()[paper][table]
     order = {cell.name: i for i, cell in enumerate(found.cells)}
-    if found.draw is None:
+    if found.draw is None and not found.curves:
         return
     there = records.alike(records.read(results / paper / table), one)
     path = results / paper / f"{table}.png"
-    figures.draw(path, found, sorted(there, key=lambda r: order.get(records.name_of(r), len(order))))
-    print(f"figure: {path}")
+    if figures.draw(path, found, sorted(there, key=lambda r: order.get(records.name_of(r), len(order)))):
+        print(f"figure: {path}")
 
 
 def _print(jobs: list[tuple[Cell, Experiment[Any]]], done: list[tuple[Path, dict[str, Any]]]) -> None:

@@ -76,6 +76,7 @@ class Table(NamedTuple):
       title: what it shows.
       cells: in the paper's order, column by column.
       draw: of a figure: `(axes, records)`.
+      curves: of a figure over epochs, in place of `draw`: what it shows, as `curves.draw` takes it.
       measured_by: of a figure that trains nothing, in place of cells: the module whose `run(out, say=...)` measures and draws it, and returns
         a summary with `passes` and `said`, a sentence.
     """
@@ -84,6 +85,7 @@ class Table(NamedTuple):
     cells: tuple[Cell, ...] = ()
     draw: Callable[[Any, list[dict[str, Any]]], None] | None = None
     measured_by: str = ""
+    curves: tuple[str, ...] = ()
 
 
 class Range(NamedTuple):

@@ -7,24 +7,33 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from forwardgrad.reproductions import curves
 from forwardgrad.reproductions.cells import Table
 from forwardgrad.training.pictures import picture
 
 SPLITS = ("test", "train")
 
 
-def draw(path: Path, table: Table, records: list[dict[str, Any]]) -> None:
-    """The table's figure from records that differ in cell and seed alone; what they have in common is in the title."""
+def draw(path: Path, table: Table, records: list[dict[str, Any]]) -> bool:
+    """The table's figure from records that differ in cell and seed alone; what they have in common is in the title.
+
+    Returns:
+      Whether there was anything to draw: records may have no curves.
+    """
     one = records[0]
     images = f", first {one['changed']['train_images']} images" if "train_images" in one["changed"] else ""
     length = (
         f"{one['epochs']} of " if one["epochs"] < one["paper_epochs"] else ""
     ) + f"{one['paper_epochs']} epochs{images}"
     seeds = len({r["seed"] for r in records})
-    with picture(path, 1, 1, f"{table.title}\n{one['dataset']}, {length}, {seeds} seed{'s' * (seeds > 1)}") as panels:
+    title = f"{table.title}\n{one['dataset']}, {length}, {seeds} seed{'s' * (seeds > 1)}"
+    if table.curves:
+        return curves.draw(path, title, table.curves, records)
+    with picture(path, 1, 1, title) as panels:
         assert table.draw is not None
         table.draw(panels[0][0], records)
         panels[0][0].title.set_fontsize("small")
+    return True
 
 
 def mean(records: list[dict[str, Any]], column: str | None, row: str, split: str) -> float | None:

@@ -75,8 +75,18 @@ def diverged(cell: Cell, experiment: Experiment[Any], message: str) -> dict[str,
     return {**known, "epochs": experiment.epochs, **none, "version": version, "diverged": message}
 
 
-def record(cell: Cell, experiment: Experiment[Any], result: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
-    """What the file holds: the keys of `result.json`, and what is compared with what, by which command and on what (`made`)."""
+def record(
+    cell: Cell,
+    experiment: Experiment[Any],
+    result: dict[str, Any],
+    made: dict[str, Any],
+    curve: dict[str, list[float]] | None = None,
+) -> dict[str, Any]:
+    """What the file holds: the keys of `result.json`, and what is compared with what, by which command and on what (`made`).
+
+    Args:
+      curve: errors over epochs (`curves.of`); the key is left out where there is none.
+    """
     printed = cell.printed
     return {
         **result,
@@ -91,6 +101,7 @@ def record(cell: Cell, experiment: Experiment[Any], result: dict[str, Any], made
         "source": printed.source if printed else None,
         "shortened": is_shortened(cell, experiment),
         "verdict": verdict(result["test_error"], printed),
+        **({"curve": curve} if curve else {}),
     }
 
 

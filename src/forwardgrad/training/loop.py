@@ -7,6 +7,7 @@ import dataclasses
 import json
 import signal
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -47,6 +48,7 @@ def train(
     keep: int = 2,
     quiet: bool = False,
     learner: Learner | None = None,
+    observe: Callable[[TrainState], None] | None = None,
 ) -> dict[str, Any]:
     """Train, writing a run directory as it goes.
 
@@ -60,6 +62,7 @@ def train(
       keep: how many checkpoints stay.
       quiet: show no progress.
       learner: of this experiment; saves compilation where the caller has one.
+      observe: is shown the state before the first step and after each epoch, and again where a run goes on from there.
 
     Returns:
       What `result.json` holds.
@@ -87,7 +90,7 @@ def train(
     metrics = Metrics(directory, int(state.step))
     try:
         with Progress(learner, quiet) as progress, _Signals() as signals:
-            state = _loop(learner, state, checkpoints, metrics, progress, signals, checkpoint_every)
+            state = _loop(learner, state, checkpoints, metrics, progress, signals, checkpoint_every, observe)
     finally:
         metrics.close()
         checkpoints.close()
@@ -105,12 +108,17 @@ def _loop(
     progress: Progress,
     signals: _Signals,
     checkpoint_every: int,
+    observe: Callable[[TrainState], None] | None,
 ) -> TrainState:
     rate = schedule(learner.experiment, learner.steps_per_epoch)
     held_out = "validation_error" if learner.experiment.validation else "test_error"
     step, seconds_per_step, compiled, saved = int(state.step), 0.0, False, time.monotonic()
     progress.update(step, {})
-    while step < learner.total_steps:
+    while True:
+        if observe is not None and step % learner.steps_per_epoch == 0:
+            observe(state)
+        if step == learner.total_steps:
+            return state
         began = time.monotonic()
         count = _next_count(learner, step, seconds_per_step, checkpoint_every)
         state, log = learner.run(state, count)
@@ -150,9 +158,8 @@ def _loop(
             raise Interrupted(
                 signals.arrived,
                 f"stopped at step {step} of {learner.total_steps}; a checkpoint is written: go on with --resume (train), or "
-                "repeat the command (compare, reproduce).",
+                "repeat the command (compare, reproduce, diagnose).",
             )
-    return state
 
 
 def _next_count(learner: Learner, step: int, seconds_per_step: float, checkpoint_every: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from forwardgrad.training.pictures import picture
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file so that a reader sees the old file or the new one, never a part."""
+    """Write a JSON file so that a reader sees the old file or the new one, never a part. Lists of numbers stand on one line."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2, allow_nan=True) + "\n")
+    text = json.dumps(value, indent=2, allow_nan=True)
+    # a line break inside brackets stands in no string
+    text = re.sub(r"\[\n\s+([-+.\w,\s]+?)\n\s+\]", lambda found: "[" + " ".join(found[1].split()) + "]", text)
+    temporary.write_text(text + "\n")
     os.replace(temporary, path)
 
 

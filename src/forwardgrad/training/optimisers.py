@@ -32,8 +32,9 @@ def schedule(experiment: Experiment, steps_per_epoch: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), after], [warmup]) if warmup else after
 
 
-def _is_weight(path: tuple[Any, ...]) -> bool:
-    return jax.tree_util.keystr(path[-1:], simple=True) not in ("bias", "scale")
+def is_weight(leaf: str) -> bool:
+    """Whether a leaf, by the path of its name, is a weight: neither a bias nor a gain."""
+    return leaf.rpartition("/")[2] not in ("bias", "scale")
 
 
 class Optimiser(NamedTuple):
@@ -55,7 +56,8 @@ def optimiser(experiment: Experiment, network: Network, steps_per_epoch: int) ->
     """
     rate = schedule(experiment, steps_per_epoch)
     base = optax.sgd(rate, experiment.momentum or None) if experiment.optimizer == "sgd" else optax.adam(rate)
-    weights = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: _is_weight(path), params)
+    name_of = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    weights = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: is_weight(name_of(path)), params)
     plain = optax.chain(optax.add_decayed_weights(experiment.weight_decay, weights), base)
     readout = lambda params: {
         name: jax.tree.map(lambda _, name=name: name == "readout", x) for name, x in params.items()

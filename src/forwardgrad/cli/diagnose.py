@@ -1,0 +1,197 @@
+"""how far a method's estimates are from the gradient, per layer, over training: diagnose.json, diagnose.png."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from forwardgrad.cli.options import Places, method_names, parse
+from forwardgrad.errors import Diverged, InputError
+from forwardgrad.presets import Experiment
+
+ABOUT = (
+    "Train one experiment by several methods, and measure each method's estimate as it trains: per layer the angle to the true gradient, bias, "
+    "variance, and the cosine of one estimate and of the mean of many. The true gradient is that of the method's own target, and of the final "
+    "loss where that is another. Repeating the command goes on where it stopped and keeps what is finished."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(Places):
+    """What is measured, and where the results go."""
+
+    methods: str = "fg-a,fg-w,dfa,fdfa"
+    """names of methods, with commas between them"""
+    at: tuple[int, ...] = ()
+    """epochs after which estimates are measured, 0 being before the first step; by default 0 and every epoch"""
+    draws_for_moments: int = 64
+    """estimates with fresh keys from which mean and variance are taken, a multiple of 4, at least 8"""
+    examples: int = 0
+    """training images of the fixed batch; 0: as many as a training step has"""
+    out: Path | None = None
+    """directory of the results; runs that are finished there are kept, interrupted ones go on"""
+    quiet: bool = False
+    """show no progress"""
+
+
+def run(argv: list[str]) -> int:
+    """`forwardgrad diagnose [PRESET] --methods a,b,c --out DIR`."""
+    preset, experiment, options = parse("diagnose", argv, Options(), ABOUT)
+    methods = method_names(options.methods)
+    if options.out is None:
+        raise InputError("diagnose needs a directory for its results: add --out DIR.")
+    from forwardgrad.diagnostics.observer import How
+    from forwardgrad.training.loop import load_arrays
+    from forwardgrad.training.metrics import write_json
+
+    how = How(*_how(experiment, options))
+    arrays = load_arrays(experiment, options.data_dir, options.offline)
+    if how.examples > len(arrays.train_images):
+        raise InputError(
+            f"no batch of {how.examples} can be taken from {len(arrays.train_images)} training images: set --examples to at most that."
+        )
+    experiments = [dataclasses.replace(experiment, method=method) for method in methods]
+    for one in experiments:
+        _refuse(one, arrays)
+    runs, rows, totals = [], [], []
+    for number, one in enumerate(experiments):
+        if not options.quiet:
+            Console(stderr=True).print(f"[bold]{one.method}[/bold] ({number + 1} of {len(methods)})")
+        result, own = _one(one, arrays, how, preset, options)
+        runs.append(result)
+        mine, whole = _split(own, options.out / f"{one.method}-seed{one.seed}")
+        rows += mine
+        totals += whole
+        write_json(  # after each method, so that something is there to look at
+            options.out / "diagnose.json",
+            {
+                "preset": preset,
+                "experiment": experiment.to_json(),
+                **how.to_json(),
+                "runs": runs,
+                "totals": totals,
+                "rows": rows,
+            },
+        )
+    from forwardgrad.diagnostics.alignment_picture import draw
+
+    title = f"{preset}, {experiment.dataset}, {how.draws} estimates on {how.examples} images, seed {experiment.seed}"
+    draw(options.out / "diagnose.png", rows, title)
+    _print_layers(rows)
+    _print_totals(totals, runs)
+    print(f"{options.out / 'diagnose.json'}, {options.out / 'diagnose.png'}")
+    return 0
+
+
+def _how(experiment: Experiment[Any], options: Options) -> tuple[tuple[int, ...], int, int]:
+    """Epochs, draws and examples of the measurement that the flags ask for."""
+    epochs, draws = options.at or tuple(range(experiment.epochs + 1)), options.draws_for_moments
+    wrong = [epoch for epoch in epochs if not 0 <= epoch <= experiment.epochs]
+    if wrong:
+        raise InputError(f"--at {wrong[0]} is no epoch of this run: give numbers from 0 to {experiment.epochs}.")
+    if draws < 8 or draws % 4:
+        raise InputError(f"--draws-for-moments must be a multiple of 4, at least 8, not {draws}.")
+    if options.examples < 0:
+        raise InputError(f"--examples must be at least 0, not {options.examples}.")
+    return epochs, draws, options.examples or experiment.batch_size
+
+
+def _refuse(one: Experiment[Any], arrays: Any) -> None:
+    """Refuse a method that this network cannot serve, before another one has trained for hours."""
+    one.check()
+    network = one.model.network(arrays.train_images.shape[1:], arrays.classes)
+    one.estimator(network).target.scopes(network)
+
+
+def _one(one: Experiment[Any], arrays: Any, how: Any, preset: str, options: Options) -> tuple[Any, list[Any]]:
+    """Train and measure a method, or find it done: what `result.json` holds, and rows."""
+    from forwardgrad.diagnostics.observer import Observer, refuse_gaps, stored
+    from forwardgrad.training import auto
+    from forwardgrad.training.learner import Learner
+    from forwardgrad.training.loop import finished, train
+
+    assert options.out is not None
+    one = auto.chosen(one, arrays)
+    directory = options.out / f"{one.method}-seed{one.seed}"
+    result, known = finished(directory, one), stored(directory, how)
+    diverged = None
+    if result is None:
+        learner = Learner(one, arrays)
+        say = lambda line: None if options.quiet else Console(stderr=True).print(line, highlight=False)
+        observer = Observer(learner, directory, how, say)
+        try:
+            result = train(
+                one, directory, preset=preset, resume=True, quiet=options.quiet, learner=learner, observe=observer
+            )
+        except Diverged as error:
+            none = dict.fromkeys(("test_error", "validation_error", "train_error", "wall_seconds"))
+            result, diverged = {"method": one.method, "seed": one.seed, **none}, str(error)
+        known = observer.known
+    if diverged is None:
+        refuse_gaps(directory, known, how.epochs)
+    return {**result, "diverged": diverged}, [row for e in sorted(known) if e in how.epochs for row in known[e]]
+
+
+def _split(own: list[dict[str, Any]], directory: Path) -> tuple[list[Any], list[Any]]:
+    """Rows of layers, and rows of all layers together with the means over layers and the errors after that epoch."""
+    from forwardgrad.diagnostics.alignment import ALL
+    from forwardgrad.training.metrics import read
+
+    ends = {round(line["epoch"]): line for line in read(directory / "metrics.jsonl") if "epoch_error" in line}
+    rows = [row for row in own if row["layer"] != ALL]
+    totals = []
+    for whole in (row for row in own if row["layer"] == ALL):
+        same = [r for r in rows if (r["epoch"], r["reference"]) == (whole["epoch"], whole["reference"])]
+        angles = [r["degrees"] for r in same if r["degrees"] is not None]
+        after = ends.get(whole["epoch"], {})
+        more = {
+            "mean_degrees": sum(angles) / len(angles) if angles else None,
+            "train_loss": after.get("epoch_loss"),
+            "train_error": after.get("epoch_error"),
+            "held_out_error": after.get("test_error", after.get("validation_error")),
+        }
+        totals.append({**whole, **more})
+    return rows, totals
+
+
+def _shown(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}" if abs(value) < 1e4 else f"{value:.1e}"
+
+
+def _print_layers(rows: list[dict[str, Any]]) -> None:
+    """Degrees after the last measured epoch: a line per layer, a column per method and reference."""
+    last = max((row["epoch"] for row in rows), default=0)
+    columns = list(dict.fromkeys((r["method"], r["reference"]) for r in rows))
+    found = {(r["layer"], r["method"], r["reference"]): r["degrees"] for r in rows if r["epoch"] == last}
+    table = Table(title=f"degrees between mean estimate and true gradient, after epoch {last}")
+    table.add_column("layer")
+    for method, reference in columns:
+        table.add_column(f"{method}\n({reference})", justify="right")
+    for layer in dict.fromkeys(r["layer"] for r in rows):
+        table.add_row(layer, *(_shown(found.get((layer, *column)), 1) for column in columns))
+    Console(width=max(Console().width, 120)).print(table)
+
+
+def _print_totals(totals: list[dict[str, Any]], runs: list[dict[str, Any]]) -> None:
+    """All layers as one vector, a line per method and reference."""
+    table = Table(title="degrees: mean over layers; the rest: all layers as one vector, after the last epoch")
+    for column in ("method", "true gradient of", "degrees, first to last", "cosine of one", "bias", "variance"):
+        table.add_column(column, justify="left" if column in ("method", "true gradient of") else "right")
+    diverged = {r["method"] for r in runs if r["diverged"]}
+    for method, reference in dict.fromkeys((r["method"], r["reference"]) for r in totals):
+        mine = [r for r in totals if (r["method"], r["reference"]) == (method, reference)]
+        angles, last = [r["mean_degrees"] for r in mine], mine[-1]
+        bias = _shown(last["bias"], 3) + ("" if last["bias_se"] is None else f" ± {_shown(last['bias_se'], 3)}")
+        table.add_row(
+            method + (" (diverged)" if method in diverged else ""),
+            f"{reference} loss",
+            f"{_shown(angles[0], 1)} to {_shown(angles[-1], 1)}",
+            _shown(last["cosine"], 3),
+            bias,
+            _shown(last["variance"], 2),
+        )
+    Console(width=max(Console().width, 120)).print(table)
