@@ -233,11 +233,12 @@ def test_evaluation_counts_every_image_once(finished):
         ("linear", lambda t: 0.1 * (1 - t)),
         ("cosine", lambda t: 0.05 * (1 + np.cos(np.pi * t))),
         ("step", lambda t: 0.1 * (0.1 ** ((t >= 0.5) + (t >= 0.8)))),
+        ("exponential", lambda t: 0.1 * 0.9 ** (100 * t // 10)),
         ("constant", lambda t: 0.1),
     ],
 )
 def test_schedules(name, expected):
-    rate = schedule(dataclasses.replace(SMALL, schedule=name, lr=0.1, epochs=10), steps_per_epoch=10)
+    rate = schedule(dataclasses.replace(SMALL, schedule=name, lr=0.1, epochs=10, decay=0.9), steps_per_epoch=10)
     for step in (0, 1, 49, 50, 79, 80, 99):
         assert float(rate(step)) == pytest.approx(expected(step / 100), abs=1e-6)
     warm = schedule(dataclasses.replace(SMALL, schedule=name, lr=0.1, epochs=12, warmup_epochs=2), steps_per_epoch=10)

@@ -33,13 +33,14 @@ from forwardgrad.models.layers import (
     UNITS,
     Dense,
     Layer,
+    Window,
     convolution,
-    convolved,
     weight_axes,
 )
 from forwardgrad.network import Block, Network
 
-POOLS = ((3, 2), (3, 2), None, None, (3, 2))
+POOL = Window(3, 2)
+POOLS = (POOL, POOL, None, None, POOL)
 SMALLEST = 15  # pixels a side of which something is left
 
 
@@ -81,13 +82,14 @@ class AlexNet:
             raise InputError(
                 f"images of {height} x {width} pixels are too small for AlexNet, which halves them four times: scale them up with --resize 32."
             )
-        kernels = (_first_kernel(min(height, width)), (5, 1, 2), (3, 1, 1), (3, 1, 1), (3, 1, 1))
+        small = Window(3, 1, 1)
+        windows = (_first(min(height, width)), Window(5, 1, 2), small, small, small)
         blocks, maps_normed, units_normed = [], self.batch_norm != "none", self.batch_norm == "all"
-        for i, (channels, kernel, pool) in enumerate(zip(self.channels, kernels, POOLS, strict=True)):
-            height, width = (convolved(side, *kernel) for side in (height, width))
-            height, width = (convolved(side, *pool) if pool else side for side in (height, width))
-            make = lambda rngs, i=inputs, c=channels, k=kernel, pool=pool: Layer(
-                convolution(i, c, *k, self._initial, rngs),
+        for i, (channels, window, pool) in enumerate(zip(self.channels, windows, POOLS, strict=True)):
+            height, width = window.sides(height, width)
+            height, width = pool.sides(height, width) if pool else (height, width)
+            make = lambda rngs, i=inputs, c=channels, window=window, pool=pool: Layer(
+                convolution(i, c, window, self._initial, rngs),
                 c,
                 MAPS,
                 rngs,
@@ -126,11 +128,11 @@ class AlexNet:
         return flax_nnx.block(name, make, readout=readout, weights=weight_axes(axes, normed))
 
 
-def _first_kernel(side: int) -> tuple[int, int, int]:
-    """Side, stride and padding of the first convolution."""
+def _first(side: int) -> Window:
+    """The first convolution's."""
     if side >= 128:
-        return 11, 4, 2
-    return (5, 2, 2) if side >= 48 else (5, 1, 2)
+        return Window(11, 4, 2)
+    return Window(5, 2, 2) if side >= 48 else Window(5, 1, 2)
 
 
 def _scaled(block: Block, side: int) -> Block:

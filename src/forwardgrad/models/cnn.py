@@ -14,8 +14,8 @@ from forwardgrad.models.layers import (
     UNITS,
     Dense,
     Layer,
+    Window,
     convolution,
-    convolved,
     weight_axes,
 )
 from forwardgrad.network import Network
@@ -62,16 +62,17 @@ class CNN:
         height, width, inputs = shape
         blocks = []
         for i, channels in enumerate(self.channels):
-            pool = (2, 2) if self.pool_all or i == len(self.channels) - 1 else None
+            pool = Window(2, 2) if self.pool_all or i == len(self.channels) - 1 else None
             layer = lambda rngs, inputs=inputs, channels=channels, pool=pool: Layer(
-                convolution(inputs, channels, self.kernel, 1, 0, starts, rngs),
+                convolution(inputs, channels, Window(self.kernel), starts, rngs),
                 channels,
                 MAPS,
                 rngs,
                 batch_norm=self.batch_norm,
                 pool=pool,
             )
-            height, width = (convolved(side, self.kernel) // (2 if pool else 1) for side in (height, width))
+            height, width = Window(self.kernel).sides(height, width)
+            height, width = pool.sides(height, width) if pool else (height, width)
             if min(height, width) < 1:
                 raise InputError(
                     f"images of {shape[0]} x {shape[1]} pixels are too small for {len(self.channels)} convolutions of {self.kernel} x "

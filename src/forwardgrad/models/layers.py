@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,18 @@ ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh}
 MOMENTUM = 0.9  # of BatchNorm's running statistics, PyTorch's 0.1: new = 0.9 old + 0.1 batch
 
 
+class Window(NamedTuple):
+    """What a convolution or a pooling looks at: `size` x `size` pixels at a time, `stride` apart, `padding` zeros around the image."""
+
+    size: int
+    stride: int = 1
+    padding: int = 0
+
+    def sides(self, *sides: int) -> tuple[int, ...]:
+        """Sides of what it makes of an image of the given sides."""
+        return tuple((side + 2 * self.padding - self.size) // self.stride + 1 for side in sides)
+
+
 class Layer(nnx.Module):
     """Linear map, passive tap "input/linear", BatchNorm if wanted, nonlinearity, maximum pooling if wanted; and one tap.
 
@@ -26,7 +38,7 @@ class Layer(nnx.Module):
       units: features or channels that it gives.
       axes: names of its output's axes.
       tapped: where the tap stands. Before the nonlinearity its name is "input"; after it, or after the pooling, "output".
-      pool: (window, stride).
+      pool: without padding.
 
     BatchNorm's variance is the biased one, 1/N Σ(x - mean)², in the running statistics too: PyTorch keeps N/(N - 1) times it there, with N the
     batch (and the places of a convolution), 1.6 % more at 64 examples.
@@ -42,7 +54,7 @@ class Layer(nnx.Module):
         batch_norm: bool,
         activation: str = "relu",
         tapped: Literal["before", "after", "pooled"] = "after",
-        pool: tuple[int, int] | None = None,
+        pool: Window | None = None,
     ):
         self.linear = linear
         self.norm = nnx.BatchNorm(units, momentum=MOMENTUM, rngs=rngs) if batch_norm else None
@@ -57,7 +69,7 @@ class Layer(nnx.Module):
         if self.tapped == "after":
             h = tap(h, "output", self.axes)
         if self.pool is not None:
-            h = max_pool(h, *self.pool)
+            h = max_pool(h, self.pool)
         return tap(h, "output", self.axes) if self.tapped == "pooled" else h
 
 
@@ -82,35 +94,32 @@ class Dense(nnx.Linear):
         return super().__call__(inputs.reshape(inputs.shape[0], -1))
 
 
-def convolution(
-    inputs: int, channels: int, size: int, stride: int, padding: int, initial: Initial, rngs: nnx.Rngs
-) -> nnx.Conv:
-    """Convolution of [batch, height, width, inputs] with kernels of `size` x `size`, `padding` zeros around the image."""
+def convolution(inputs: int, channels: int, window: Window, initial: Initial, rngs: nnx.Rngs) -> nnx.Conv:
+    """Convolution of [batch, height, width, inputs]."""
     return nnx.Conv(
         inputs,
         channels,
-        (size, size),
-        strides=stride,
-        padding=((padding, padding), (padding, padding)),
+        (window.size, window.size),
+        strides=window.stride,
+        padding=((window.padding, window.padding), (window.padding, window.padding)),
         kernel_init=initial.kernel,
-        bias_init=initial.bias(size * size * inputs),
+        bias_init=initial.bias(window.size**2 * inputs),
         rngs=rngs,
     )
 
 
-def convolved(side: int, size: int, stride: int = 1, padding: int = 0) -> int:
-    """Side of what a convolution, or a pooling, makes of an image."""
-    return (side + 2 * padding - size) // stride + 1
+def max_pool(h: jax.Array, window: Window) -> jax.Array:
+    """Largest of each window of [batch, height, width, channel], without padding; what no whole window covers is left out.
 
-
-def max_pool(h: jax.Array, window: int, stride: int) -> jax.Array:
-    """Largest of each square of [batch, height, width, channel]; what no whole square covers is left out.
-
-    Units of a square that are equal share its derivative. After a ReLU they are units that are off, whose derivative is zero anyway.
+    Units of a window that are equal share its derivative. After a ReLU they are units that are off, whose derivative is zero anyway.
     """
-    last = [stride * (convolved(side, window, stride) - 1) + 1 for side in h.shape[1:3]]
-    squares = [h[:, i : i + last[0] : stride, j : j + last[1] : stride] for i in range(window) for j in range(window)]
-    return functools.reduce(jnp.maximum, squares)
+    height, width = (window.stride * (n - 1) + 1 for n in window.sides(*h.shape[1:3]))
+    shifts = [
+        h[:, i : i + height : window.stride, j : j + width : window.stride]
+        for i in range(window.size)
+        for j in range(window.size)
+    ]
+    return functools.reduce(jnp.maximum, shifts)
 
 
 def weight_axes(kernel: Sequence[str], batch_norm: bool) -> dict[str, tuple[str, ...]]:

@@ -33,8 +33,11 @@ class Experiment(Generic[M]):
     """examples per step"""
     lr: float = 0.01
     """learning rate at its highest"""
-    schedule: Literal["linear", "cosine", "step", "constant"] = "linear"
-    """learning rate over time: to zero in a straight line or half a cosine; times 0.1 at 50 % and 80 % of the steps; constant"""
+    schedule: Literal["linear", "cosine", "step", "exponential", "constant"] = "linear"
+    """learning rate over time: to zero in a straight line or half a cosine; times 0.1 at 50 % and 80 % of the steps; times --decay after every
+    epoch; constant"""
+    decay: float = 0.95
+    """exponential schedule only: factor on the learning rate after every epoch"""
     warmup_epochs: float = 0.0
     """epochs over which the learning rate first rises from zero"""
     optimizer: Literal["sgd", "adam"] = "sgd"
@@ -59,6 +62,8 @@ class Experiment(Generic[M]):
     """fg-a, fa, l-fa, lg-fa, dfa: as in the paper, or as the code released with Ren et al. 2023 computes what it calls so"""
     alpha: float = 1e-3
     """fdfa only: rate of the moving average of the feedback matrices"""
+    pixels: Literal["standardised", "symmetric"] = "standardised"
+    """inputs: each colour less its mean over the training images, divided by its standard deviation; or scaled to [-1, 1]"""
     flip: bool = False
     """flip training images left to right at random"""
     crop: int = 0
@@ -125,7 +130,7 @@ class Experiment(Generic[M]):
             if getattr(self, name) < least:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} must be at least {least}, not {getattr(self, name)}.")
-        for name in ("lr", "alpha"):
+        for name in ("lr", "alpha", "decay"):
             if not getattr(self, name) > 0:
                 raise InputError(f"--{name} must be positive, not {getattr(self, name)}.")
         for name in ("weight_decay", "warmup_epochs", "momentum", "classifier_lr"):
@@ -140,7 +145,11 @@ class Experiment(Generic[M]):
             raise InputError(
                 f"microbatches of {self.microbatch} do not divide a batch of {self.batch_size}: set --microbatch to a divisor, to 0 or to auto."
             )
-        for name, value, known in (("guess", self.guess, GUESSES), ("variant", self.variant, ("paper", "released"))):
+        for name, value, known in (
+            ("guess", self.guess, GUESSES),
+            ("variant", self.variant, ("paper", "released")),
+            ("pixels", self.pixels, ("standardised", "symmetric")),
+        ):
             if value not in known:
                 raise unknown(name, value, known)
 
