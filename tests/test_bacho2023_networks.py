@@ -154,7 +154,7 @@ def normed(z, layer, state, train):
     places = tuple(range(z.ndim - 1))
     mean, var = (z.mean(places), z.var(places)) if train else (state["norm"]["mean"], state["norm"]["var"])
     new = {name: 0.9 * state["norm"][name] + 0.1 * value for name, value in (("mean", mean), ("var", var))}
-    out = (z - mean) / jnp.sqrt(var + 1e-5) * layer["norm"]["scale"] + layer["norm"]["bias"]
+    out = (z - mean) / (var + 1e-5) ** 0.5 * layer["norm"]["scale"] + layer["norm"]["bias"]
     return out, {"norm": new} if train else state
 
 
@@ -195,36 +195,38 @@ CONVOLUTIONAL = {
 def test_convolutional_networks_gradients_and_statistics_by_hand(name):
     """Two steps of training, then evaluation with what the statistics have become."""
     network, params, state, batch = setting(*CONVOLUTIONAL[name])
-    params, expected = moved(params), state
+    params, method = moved(params), fg.recipes.bp(network)
 
     def loss(params, state):
         logits, new = by_hand(name, params, state, batch["inputs"], True)
         return -jax.nn.log_softmax(logits)[jnp.arange(N), batch["labels"]].mean(), new
 
-    estimate = jax.jit(
-        lambda params, state: fg.recipes.bp(network).estimate(jax.random.key(0), (), params, state, batch)
-    )
-    for _ in range(2):
+    @jax.jit
+    def both(params, state, expected):
+        found, _, state = method.estimate(jax.random.key(0), (), params, state, batch)
         grads, expected = jax.grad(loss, has_aux=True)(params, expected)
-        found, _, state = estimate(params, state)
-        assert distance(found.grads, grads) < 1e-12
+        logits, _ = by_hand(name, params, expected, batch["inputs"], False)
+        return found.grads, grads, state, expected, network.predict(params, state, batch["inputs"]).value, logits
+
+    expected = state
+    for _ in range(2):
+        found, grads, state, expected, logits, others = both(params, state, expected)
+        assert distance(found, grads) < 1e-12
         assert distance(state, expected) < 1e-12
-    logits, _ = by_hand(name, params, expected, batch["inputs"], False)
-    np.testing.assert_allclose(network.predict(params, state, batch["inputs"]).value, logits, atol=1e-12)
+        np.testing.assert_allclose(logits, others, atol=1e-12)
 
 
 def test_running_statistics_of_a_fully_connected_network_by_hand():
     """From mean 0 and variance 1; the second layer's are of what the first gives with the batch's own statistics."""
     network, params, state, batch = setting(COUPLED["mlp"], (2, 2, 1), n=6)
     params = moved(params)
-    expected = jax.tree.map(np.asarray, state)
+    expected, weights = jax.tree.map(np.asarray, (state, params))
     assert not any(s["norm"]["mean"].any() for s in expected.values())
-    for step in range(3):
-        h = np.asarray(batch["inputs"]).reshape(6, -1) * (step + 1)
-        _, _, state = fg.recipes.bp(network).estimate(
-            jax.random.key(0), (), params, state, {**batch, "inputs": batch["inputs"] * (step + 1)}
-        )
-        for name, block in params.items():
+    step = jax.jit(lambda state, batch: fg.recipes.bp(network).estimate(jax.random.key(0), (), params, state, batch)[2])
+    for i in range(3):
+        h = np.asarray(batch["inputs"]).reshape(6, -1) * (i + 1)
+        state = step(state, {**batch, "inputs": batch["inputs"] * (i + 1)})
+        for name, block in weights.items():
             linear = block["layers"]["linear"]
             z, expected[name] = normed(h @ linear["kernel"] + linear["bias"], block["layers"], expected[name], True)
             h = np.maximum(z, 0)
