@@ -23,7 +23,20 @@ import numpy as np
 import pytest
 
 from forwardgrad import data
-from forwardgrad.data import augment, batches, cifar, cifar10, cifar100, download, files, idx, mnist, npz, pickles
+from forwardgrad.data import (
+    augment,
+    batches,
+    cifar,
+    cifar10,
+    cifar100,
+    download,
+    files,
+    idx,
+    mnist,
+    npz,
+    pickles,
+    tiny_imagenet,
+)
 from forwardgrad.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -51,7 +64,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_names_are_found_and_described():
-    assert data.names() == ["cifar10", "cifar100", "digits", "fashion-mnist", "mnist"]
+    assert data.names() == ["cifar10", "cifar100", "digits", "fashion-mnist", "mnist", "tiny-imagenet"]
     for name in data.names():
         dataset = data.find(name)
         assert dataset.name == name
@@ -130,6 +143,15 @@ def test_normalise_inside_jit(dtype):
     assert out.dtype == jnp.float32
     expected = (arrays.train_images / 255.0 - np.array([0.5, 0.25])) / np.array([0.2, 0.5])
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_symmetric_pixels_lie_between_minus_one_and_one():
+    arrays = some_arrays()
+    symmetric = arrays.symmetric()
+    np.testing.assert_allclose(
+        symmetric.normalise(arrays.train_images), arrays.train_images / 127.5 - 1, rtol=1e-5, atol=1e-6
+    )
+    assert symmetric.train_images is arrays.train_images
 
 
 def test_validation_takes_the_place_of_the_test():
@@ -326,6 +348,85 @@ def test_pickle_of_an_array_as_python_2_wrote_it():
     )
     loaded = pickles.unpickle(b"\x80\x02}U\x04data" + array + b"s.", Path("batch"), URL)
     np.testing.assert_array_equal(loaded[b"data"], np.frombuffer(b"abc", np.uint8))
+
+
+# -------------------------------------------------------------------------------------------------------- Tiny ImageNet
+
+COLOURS = {"n03": (250, 10, 10), "n01": (10, 250, 10), "n02": (90, 90, 90)}  # the last class is stored grey
+
+
+def fake_tiny_imagenet(folder: Path, size: tuple[int, int] = (4, 4)) -> Path:
+    """Three classes, each of one colour: four training images of each and two validation images."""
+    from PIL import Image
+
+    def save(path: Path, name: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        colour, grey = COLOURS[name], name == "n02"
+        Image.new("L" if grey else "RGB", size, colour[0] if grey else colour).save(path, "JPEG", quality=95)
+
+    lines = []
+    for i, name in enumerate(COLOURS):
+        for j in range(4):
+            save(folder / "train" / name / "images" / f"{name}_{j}.JPEG", name)
+        for j in range(2):
+            save(folder / "val" / "images" / f"val_{2 * i + j}.JPEG", name)
+            lines.append(f"val_{2 * i + j}.JPEG\t{name}\t0\t0\t3\t3\n")
+    (folder / "val" / "val_annotations.txt").write_text("".join(reversed(lines)))
+    (folder / "words.txt").write_text("n01\tgreen, leaf\nn03\tred\nn99\tnot here\n")
+    return folder
+
+
+def test_tiny_imagenet_layout(tmp_path):
+    folder = fake_tiny_imagenet(tmp_path / "set")
+    before = tree(tmp_path)
+    arrays = tiny_imagenet.read(folder, 3, (4, 4, 3))
+    assert (arrays.train_images.shape, arrays.test_images.shape) == ((12, 4, 4, 3), (6, 4, 4, 3))
+    assert (arrays.train_images.dtype, arrays.train_labels.dtype) == (np.uint8, np.int32)
+    colours = np.array([COLOURS[name] for name in sorted(COLOURS)])  # classes are numbered in the order of their names
+    for images, labels in (
+        (arrays.train_images, arrays.train_labels),
+        (arrays.test_images, arrays.test_labels),
+    ):
+        assert np.abs(images - colours[labels][:, None, None]).max() <= 4  # JPEG
+    assert sorted(arrays.train_labels.tolist()) == [0] * 4 + [1] * 4 + [2] * 4
+    assert arrays.train_labels.tolist() != sorted(arrays.train_labels.tolist()), "held-out images are of all classes"
+    assert arrays.test_labels.tolist() == [1, 1, 0, 0, 2, 2]
+    assert arrays.class_names == ("green, leaf", "n02", "red")
+    np.testing.assert_array_equal(tiny_imagenet.read(folder, 3, (4, 4, 3)).train_labels, arrays.train_labels)
+    assert tree(tmp_path) == before
+
+
+def test_tiny_imagenet_that_is_not_whole(tmp_path):
+    with pytest.raises(InputError, match=r"no tiny-imagenet-200 in .*: unpack http.* or name the folder .*--data-dir"):
+        data.find("tiny-imagenet").load(tmp_path, offline=True)
+    folder = fake_tiny_imagenet(tmp_path / tiny_imagenet.FOLDER)
+    with pytest.raises(InputError, match=r"train has folders of 3 classes, not of 200: unpack .* again, all of it"):
+        data.find("tiny-imagenet").load(tmp_path)
+    read = lambda: tiny_imagenet.read(folder, 3, (4, 4, 3))
+    first = folder / "train" / "n01" / "images" / "n01_0.JPEG"
+    whole, lines = first.read_bytes(), folder / "val" / "val_annotations.txt"
+    first.write_bytes(whole[:100])
+    with pytest.raises(InputError, match=r"cannot read the image .*n01_0\.JPEG .*: unpack .* again"):
+        read()
+    first.write_bytes(whole)
+    with pytest.raises(InputError, match=r"has 4 x 4 pixels, not 8 x 8: unpack"):
+        tiny_imagenet.read(folder, 3, (8, 8, 3))
+    kept = lines.read_text()
+    for text, message in (
+        (kept + "val_9.JPEG\tn98\t0\n", r"line 7 of .*annotations\.txt does not name an image and one of the classes"),
+        (kept + "val_9.JPEG\tn01\t0\n", r"cannot read the image .*val_9\.JPEG \(No such file"),
+        ("", r"annotations\.txt is empty: unpack"),
+    ):
+        lines.write_text(text)
+        with pytest.raises(InputError, match=message):
+            read()
+    lines.unlink()
+    with pytest.raises(InputError, match=r"cannot read .*val_annotations\.txt \(No such file.*: unpack"):
+        read()
+    for image in (folder / "train" / "n02" / "images").iterdir():
+        image.unlink()
+    with pytest.raises(InputError, match=r"no \*\.JPEG in .*n02.*: unpack"):
+        read()
 
 
 # ---------------------------------------------------------------------------------------------------------------- CIFAR

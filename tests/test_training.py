@@ -20,6 +20,7 @@ import pytest
 import forwardgrad as fg
 from forwardgrad import data, presets
 from forwardgrad.errors import Diverged, Interrupted
+from forwardgrad.models.cnn import CNN
 from forwardgrad.models.localmixer import LocalMixer
 from forwardgrad.training import loop, metrics
 from forwardgrad.training.checkpoint import Checkpoints
@@ -113,6 +114,28 @@ def test_a_run_killed_by_sigkill_resumes_to_the_same_bits(finished, tmp_path):
     assert {**result, "wall_seconds": 0} == {**finished[1], "wall_seconds": 0}
     steps = [line["step"] for line in metrics.read(directory / "metrics.jsonl")]
     assert steps == sorted(set(steps))
+
+
+def test_running_statistics_are_resumed_to_the_same_bits_and_used_in_evaluation(tmp_path):
+    """BatchNorm's, of a convolutional network."""
+    experiment = dataclasses.replace(
+        SMALL, model=CNN(channels=(2, 2), kernel=3, units=4), method="dfa", mask=False, optimizer="adam", epochs=1
+    )
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    arrays = loop.load_arrays(experiment, None, True)
+    learner = Learner(experiment, arrays)
+    result = loop.train(experiment, whole, checkpoint_every=6, quiet=True, learner=learner)
+    shutil.copytree(whole, parted)
+    (parted / "result.json").unlink()
+    shutil.rmtree(parted / "checkpoints" / "11")
+    loop.train(experiment, parted, checkpoint_every=6, quiet=True, learner=learner, resume=True)
+    one, other = final_arrays(whole), final_arrays(parted)
+    assert same(one, other) == []
+    statistics = {name: x for name, x in one.items() if name.startswith("model_state/")}
+    assert len(statistics) == 3 * 2
+    assert all((x != (1.0 if name.endswith("var") else 0.0)).all() for name, x in statistics.items())
+    predicted = np.asarray(fg.load_run(parted).predict(arrays.test_images)).argmax(1)
+    assert 100 * (predicted != arrays.test_labels).mean() == pytest.approx(result["test_error"])
 
 
 def test_a_checkpoint_crosses_executors_and_microbatches(finished, tmp_path):
@@ -233,11 +256,12 @@ def test_evaluation_counts_every_image_once(finished):
         ("linear", lambda t: 0.1 * (1 - t)),
         ("cosine", lambda t: 0.05 * (1 + np.cos(np.pi * t))),
         ("step", lambda t: 0.1 * (0.1 ** ((t >= 0.5) + (t >= 0.8)))),
+        ("exponential", lambda t: 0.1 * 0.9 ** (100 * t // 10)),
         ("constant", lambda t: 0.1),
     ],
 )
 def test_schedules(name, expected):
-    rate = schedule(dataclasses.replace(SMALL, schedule=name, lr=0.1, epochs=10), steps_per_epoch=10)
+    rate = schedule(dataclasses.replace(SMALL, schedule=name, lr=0.1, epochs=10, decay=0.9), steps_per_epoch=10)
     for step in (0, 1, 49, 50, 79, 80, 99):
         assert float(rate(step)) == pytest.approx(expected(step / 100), abs=1e-6)
     warm = schedule(dataclasses.replace(SMALL, schedule=name, lr=0.1, epochs=12, warmup_epochs=2), steps_per_epoch=10)

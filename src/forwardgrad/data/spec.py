@@ -57,6 +57,15 @@ class Arrays:
         scaled = jnp.asarray(images).astype(jnp.float32) / jnp.float32(self.scale)
         return (scaled - jnp.asarray(self.mean, jnp.float32)) / jnp.asarray(self.std, jnp.float32)
 
+    def symmetric(self) -> Arrays:
+        """The same data, whose `normalise` scales to [-1, 1] instead of standardising.
+
+        Returns:
+          A copy (the same memory) with `mean` and `std` of 0.5.
+        """
+        half = (0.5,) * len(self.mean)
+        return dataclasses.replace(self, mean=half, std=half)
+
     def validation(self, n: int) -> Arrays:
         """The same data with the last `n` training examples held out, in place of the test set.
 

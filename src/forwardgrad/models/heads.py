@@ -17,17 +17,31 @@ from forwardgrad.network import Readout
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
 
-def _linear_init(features: int, classes: int, init: Initializer) -> Callable[[jax.Array], Any]:
-    return lambda key: {"kernel": init(key, (features, classes)), "bias": jnp.zeros(classes)}
+def _linear_init(
+    features: int, classes: int, init: Initializer, bias: Callable[[int], Initializer] | None = None
+) -> Callable[[jax.Array], Any]:
+    def start(key: jax.Array) -> Any:
+        first = jnp.zeros(classes) if bias is None else bias(features)(jax.random.fold_in(key, 1), (classes,))
+        return {"kernel": init(key, (features, classes)), "bias": first}
+
+    return start
 
 
-def linear(features: int, classes: int, init: Initializer) -> Readout:
-    """Linear classifier on [batch, features] with cross-entropy per example."""
+def linear(features: int, classes: int, init: Initializer, bias: Callable[[int], Initializer] | None = None) -> Readout:
+    """Linear classifier with cross-entropy per example.
+
+    Args:
+      features: inputs per example, of [batch, ...] with any axes.
+      classes: outputs.
+      init: `(key, shape) -> kernel`.
+      bias: from the fan-in to `(key, shape) -> bias`; zeros by default.
+    """
 
     def outputs(params: Any, h: jax.Array) -> Named:
+        h = h.reshape(h.shape[0], -1)
         return Named(product(h, params["kernel"]) + params["bias"], ("batch", "class"))
 
-    return Readout(outputs, cross_entropy, init=_linear_init(features, classes, init))
+    return Readout(outputs, cross_entropy, init=_linear_init(features, classes, init, bias))
 
 
 def replicated(features: int, classes: int, init: Initializer) -> Readout:

@@ -7,35 +7,11 @@ import itertools
 import math
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
-
 from forwardgrad.adapters import flax_nnx
 from forwardgrad.errors import InputError
-from forwardgrad.models import heads
+from forwardgrad.models import heads, initial
+from forwardgrad.models.layers import ACTIVATIONS, DENSE, UNITS, Dense, Layer, weight_axes
 from forwardgrad.network import Network
-from forwardgrad.taps import tap
-
-ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh}
-
-
-class Layer(nnx.Module):
-    """Linear, a passive tap, BatchNorm if wanted, a tap, the nonlinearity."""
-
-    def __init__(self, config: MLP, inputs: int, units: int, rngs: nnx.Rngs):
-        self.linear = nnx.Linear(inputs, units, kernel_init=jax.nn.initializers.he_normal(), rngs=rngs)
-        self.norm = nnx.BatchNorm(units, rngs=rngs) if config.batch_norm else None
-        self.activation, self.after = config.activation, config.taps == "after"
-
-    def __call__(self, h: jax.Array) -> jax.Array:
-        z = tap(self.linear(h.reshape(h.shape[0], -1)), "input/linear", "batch unit", passive=True)
-        if self.norm is not None:
-            z = self.norm(z)
-        nonlinearity = ACTIVATIONS[self.activation]
-        if self.after:
-            return tap(nonlinearity(z), "output", "batch unit")
-        return nonlinearity(tap(z, "input", "batch unit"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +26,10 @@ class MLP:
     """BatchNorm before each nonlinearity"""
     taps: Literal["before", "after"] = "before"
     """whether activations are displaced before or after the nonlinearity"""
+    init: initial.Name = "he"
+    """initial weights: normal with biases at zero (he), U(±√(6/fan-in)) with biases at zero, or U(±1/√fan-in), biases and all (torch)"""
+    local_heads: bool = True
+    """readouts of the layers below the last, for methods with local losses; the others leave them as they are"""
 
     def network(self, shape: tuple[int, ...], classes: int) -> Network:
         """The network for inputs [batch, *shape].
@@ -63,19 +43,29 @@ class MLP:
             )
         if self.activation not in ACTIVATIONS:
             raise InputError(f"activation {self.activation!r} does not exist: use one of {', '.join(ACTIVATIONS)}.")
+        starts = initial.find(self.init)
         sizes = (math.prod(shape), *self.hidden)
         blocks = []
         for i, (inputs, units) in enumerate(itertools.pairwise(sizes)):
-            weights = {"linear/kernel": ("in", "unit"), "linear/bias": ("unit",)}
-            if self.batch_norm:
-                weights |= {"norm/scale": ("unit",), "norm/bias": ("unit",)}
+            layer = lambda rngs, inputs=inputs, units=units: Layer(
+                Dense(inputs, units, starts, rngs),
+                units,
+                UNITS,
+                rngs,
+                batch_norm=self.batch_norm,
+                activation=self.activation,
+                tapped=self.taps,
+            )
+            last = i == len(self.hidden) - 1
+            readout = self.local_heads or last
+            again = i and inputs == units and (self.local_heads or not last)
             blocks.append(
                 flax_nnx.block(
                     f"layer{i}",
-                    lambda rngs, inputs=inputs, units=units: Layer(self, inputs, units, rngs),
-                    readout=heads.linear(units, classes, jax.nn.initializers.lecun_normal()),
-                    weights=weights,
-                    code=("layer", self, units, classes) if i and inputs == units else None,
+                    layer,
+                    readout=heads.linear(units, classes, starts.readout, starts.bias) if readout else None,
+                    weights=weight_axes(DENSE, self.batch_norm),
+                    code=("layer", self, units, classes) if again else None,
                 )
             )
         return Network(tuple(blocks))

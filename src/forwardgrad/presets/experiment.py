@@ -33,8 +33,11 @@ class Experiment(Generic[M]):
     """examples per step"""
     lr: float = 0.01
     """learning rate at its highest"""
-    schedule: Literal["linear", "cosine", "step", "constant"] = "linear"
-    """learning rate over time: to zero in a straight line or half a cosine; times 0.1 at 50 % and 80 % of the steps; constant"""
+    schedule: Literal["linear", "cosine", "step", "exponential", "constant"] = "linear"
+    """learning rate over time: to zero in a straight line or half a cosine; times 0.1 at 50 % and 80 % of the steps; times --decay after every
+    epoch; constant"""
+    decay: float = 0.95
+    """exponential schedule only: factor on the learning rate after every epoch"""
     warmup_epochs: float = 0.0
     """epochs over which the learning rate first rises from zero"""
     optimizer: Literal["sgd", "adam"] = "sgd"
@@ -68,6 +71,8 @@ class Experiment(Generic[M]):
     """dkp, fdfa, fg-a-fdfa, dfa only: feedback matrices as products of two factors of this rank, for many classes; 0: whole"""
     alpha: float = 1e-3
     """fdfa, fg-a-fdfa only: rate of the moving average of the feedback matrices, where it is their rule"""
+    pixels: Literal["standardised", "symmetric"] = "standardised"
+    """inputs: each colour less its mean over the training images, divided by its standard deviation; or scaled to [-1, 1]"""
     flip: bool = False
     """flip training images left to right at random"""
     crop: int = 0
@@ -139,7 +144,7 @@ class Experiment(Generic[M]):
             if getattr(self, name) < least:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} must be at least {least}, not {getattr(self, name)}.")
-        for name in ("lr", "feedback_lr", "alpha"):
+        for name in ("lr", "feedback_lr", "alpha", "decay"):
             if not getattr(self, name) > 0:
                 raise InputError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}.")
         for name in ("weight_decay", "feedback_decay", "warmup_epochs", "momentum", "classifier_lr"):
@@ -158,6 +163,7 @@ class Experiment(Generic[M]):
             ("guess", self.guess, GUESSES),
             ("variant", self.variant, ("paper", "released")),
             ("feedback rule", self.feedback_rule, ("adam", "average", "sgd")),
+            ("pixels", self.pixels, ("standardised", "symmetric")),
         ):
             if value not in known:
                 raise unknown(name, value, known)

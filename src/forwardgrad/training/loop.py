@@ -30,8 +30,9 @@ HOW = frozenset({"microbatch", "executor"})  # fields of an experiment that chan
 
 
 def load_arrays(experiment: Experiment, data_dir: Path | None, offline: bool) -> data.Arrays:
-    """The experiment's data: the validation images held out, then its first training images taken."""
+    """The experiment's data: its pixels' scale, the validation images held out, then its first training images taken."""
     arrays = data.find(experiment.dataset).load(data.data_directory(data_dir), offline=offline)
+    arrays = arrays.symmetric() if experiment.pixels == "symmetric" else arrays
     arrays = arrays.validation(experiment.validation) if experiment.validation else arrays
     return arrays.first(experiment.train_images) if experiment.train_images else arrays
 

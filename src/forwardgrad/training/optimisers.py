@@ -16,8 +16,8 @@ from forwardgrad.presets.experiment import Experiment
 def schedule(experiment: Experiment, steps_per_epoch: int) -> optax.Schedule:
     """Learning rate of each step. T = epochs x steps per epoch, warm-up included.
 
-    linear: lr (1 - t/T); cosine: lr (1 + cos(π t/T)) / 2; step: times 0.1 at T/2 and again at 0.8 T; each after a linear rise over the
-    warm-up, with t and T counted from its end.
+    linear: lr (1 - t/T); cosine: lr (1 + cos(π t/T)) / 2; step: times 0.1 at T/2 and again at 0.8 T; exponential: lr decayᵉ in epoch e, from 0;
+    each after a linear rise over the warm-up, with t, T and e counted from its end.
     """
     total = experiment.epochs * steps_per_epoch
     warmup = round(experiment.warmup_epochs * steps_per_epoch)
@@ -27,6 +27,7 @@ def schedule(experiment: Experiment, steps_per_epoch: int) -> optax.Schedule:
         "linear": optax.linear_schedule(lr, 0.0, rest),
         "cosine": optax.cosine_decay_schedule(lr, rest),
         "step": optax.piecewise_constant_schedule(lr, {rest // 2: 0.1, rest * 4 // 5: 0.1}),
+        "exponential": optax.exponential_decay(lr, steps_per_epoch, experiment.decay, staircase=True),
         "constant": optax.constant_schedule(lr),
     }[experiment.schedule]
     return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup), after], [warmup]) if warmup else after
