@@ -8,6 +8,7 @@ local. Directions are Gaussian. All columns of Table 2 start from the preset of 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from forwardgrad.reproductions.cells import Cell, Printed, Table
@@ -70,7 +71,7 @@ def table3() -> list[Cell]:
     for preset, accuracies in TABLE_3.items():
         for cell in cells("table3", preset, preset, accuracies, "Table 3", ("all", "none")):
             heads = {"local_heads": True} if cell.row == "lg-fg-a" else {}
-            out.append(Cell(*cell.name.split(":"), preset, {**cell.settings, **heads}, cell.printed))
+            out.append(dataclasses.replace(cell, settings={**cell.settings, **heads}))
     return out
 
 
