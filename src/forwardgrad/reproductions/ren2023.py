@@ -2,7 +2,7 @@
 
 Random directions are Gaussian here, as in the paper. ImageNet has no preset and is left out, and so is contrastive learning. The tables disagree
 where they show the same run: backpropagation on CIFAR-10 has 33.62 in Tables 3 and 6, and 32.89 in Table 5; each cell has its own table's number.
-Figures 6 and 9 print none.
+Figures 6, 7 and 9 print none.
 """
 
 from __future__ import annotations
@@ -98,6 +98,15 @@ def figure9() -> list[Cell]:
     ]
 
 
+def figure7() -> list[Cell]:
+    """The runs of Figure 9, over epochs."""
+    return [
+        cell("figure7", method, f"groups-{groups}", CIFAR, groups=groups, method=method)
+        for method in ("bp", "lg-bp", "lg-fg-a")
+        for groups in FIGURE_9
+    ]
+
+
 def tangents() -> list[Cell]:
     """Several directions a step, averaged: the paper draws one, and says nothing about more."""
     return [
@@ -113,7 +122,8 @@ tables = {
     "table6": Table("Table 6: place of layer normalisation", tuple(table6())),
     "figure5": Table("Figure 5: cost of the replicated loss, naive and fused", measured_by="ren2023_figure5"),
     "figure6": Table("Figure 6: where local losses are added", tuple(figure6()), bars),
+    "figure7": Table("Figure 7: number of groups, over epochs", tuple(figure7()), curves=("train_error", "test_error")),
     "figure8": Table("Figure 8: variances, measured and predicted", measured_by="ren2023_figure8"),
-    "figure9": Table("Figure 9 (the curves of Figure 7): number of groups", tuple(figure9()), lines),
+    "figure9": Table("Figure 9: number of groups", tuple(figure9()), lines),
     "tangents": Table("Several directions per step (not in the paper)", tuple(tangents())),
 }
