@@ -1,17 +1,17 @@
-"""A convolution's kernel gradient: XLA's own against sums of matrix products, forwards and input gradient beside it.
+"""Gradients of a convolution inside a loop, as training runs: JAX's, ours (`models/convolutions.py`), and sums of matrix products.
 
-    python benchmarks/convolution.py --out DIR [--repeats 5]
+    python benchmarks/convolution.py --out DIR [--batch 16] [--repeats 3]
 
-Forms of the kernel gradient, [N, H, W, C] and [N, H', W', K] to [k, k, C, K]: `xla`, the transposed convolution; `shifted`, a matrix product for each
-place of the kernel; `rows`, one for each row of it; `columns`, one product with all k² shifts side by side. Seconds are processor time, the least of
-interleaved repeats, so that other work on the machine matters little; `in a loop` is a repeat inside `lax.fori_loop`, as training runs.
+GFLOP per second of processor time, the best of interleaved repeats (other work on the machine then matters little); `alone` is the same outside of a
+loop. Forms of the kernel gradient besides JAX's and ours: `shifted`, a matrix product for each place of the kernel, and `columns`, one product with
+all shifted images side by side.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -19,26 +19,20 @@ import jax.numpy as jnp
 
 from forwardgrad.diagnostics import cost
 from forwardgrad.losses.products import FEW, turned
+from forwardgrad.models.convolutions import convolve
 from forwardgrad.models.layers import Window
 from forwardgrad.training.metrics import write_json
 
-# images a batch, side, channels in and out, then side, stride and padding of the kernel
+# side of the image, channels in and out, kernel
 SHAPES = {
-    "CNN conv0, 28 pixels": (64, 28, 1, 15, 5, 1, 0),
-    "CNN conv1, 28 pixels": (64, 24, 15, 40, 5, 1, 0),
-    "AlexNet conv0, 32 pixels": (64, 32, 3, 64, 5, 1, 2),
-    "AlexNet conv1, 32 pixels": (64, 15, 64, 192, 5, 1, 2),
-    "AlexNet conv2, 32 pixels": (64, 7, 192, 384, 3, 1, 1),
-    "AlexNet conv4, 32 pixels": (64, 7, 256, 256, 3, 1, 1),
-    "64 channels, 16 pixels": (64, 16, 64, 64, 3, 1, 1),
-    "AlexNet conv0, 224 pixels": (4, 224, 3, 64, 11, 4, 2),
+    "CNN conv0, 28 pixels": (28, 1, 15, Window(5)),
+    "CNN conv1, 28 pixels": (24, 15, 40, Window(5)),
+    "AlexNet conv0, 32 pixels": (32, 3, 64, Window(5, 1, 2)),
+    "AlexNet conv1, 32 pixels": (15, 64, 192, Window(5, 1, 2)),
+    "AlexNet conv2, 32 pixels": (7, 192, 384, Window(3, 1, 1)),
+    "AlexNet conv4, 32 pixels": (7, 256, 256, Window(3, 1, 1)),
+    "64 channels, 16 pixels": (16, 64, 64, Window(3, 1, 1)),
 }
-
-
-def xla(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
 
 
 def product(x: jax.Array, ct: jax.Array) -> jax.Array:
@@ -47,75 +41,76 @@ def product(x: jax.Array, ct: jax.Array) -> jax.Array:
     return turned(ct.T @ x) if ct.shape[1] <= FEW else turned(x) @ ct
 
 
-def forms(size: int, stride: int, padding: int, side: int) -> dict[str, Callable]:
-    last = stride * (side - 1) + 1
-    pad = lambda x: jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    across = lambda x: [x[:, :, j : j + last : stride] for j in range(size)]
+def forms(window: Window, side: int) -> dict[str, Callable]:
+    """From (x, kernel, error) to what has the shape of one of them: kernel gradients, input gradients, the convolution."""
+    around = [(window.padding, window.padding)] * 2
 
-    def shifts(x: jax.Array) -> Iterator[jax.Array]:
-        x = pad(x)
-        return (row[:, i : i + last : stride] for i in range(size) for row in across(x))
+    def by_jax(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        strides = (window.stride, window.stride)
+        return jax.lax.conv_general_dilated(x, kernel, strides, around, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    ours = lambda x, kernel: convolve(x, kernel, window.stride, window.padding)
+
+    def shifts(x: jax.Array) -> list[jax.Array]:
+        x, last = jnp.pad(x, ((0, 0), *around, (0, 0))), window.stride * (side - 1) + 1
+        places = [(i, j) for i in range(window.size) for j in range(window.size)]
+        return [x[:, i : i + last : window.stride, j : j + last : window.stride] for i, j in places]
 
     def shifted(x: jax.Array, kernel: jax.Array, ct: jax.Array) -> jax.Array:
         return jnp.stack([product(part, ct) for part in shifts(x)]).reshape(kernel.shape)
 
-    def rows(x: jax.Array, kernel: jax.Array, ct: jax.Array) -> jax.Array:
-        wide = jnp.concatenate(across(pad(x)), -1)
-        parts = [product(wide[:, i : i + last : stride], ct) for i in range(size)]
-        return jnp.stack(parts).reshape(kernel.shape)
-
     def columns(x: jax.Array, kernel: jax.Array, ct: jax.Array) -> jax.Array:
-        return product(jnp.concatenate(list(shifts(x)), -1), ct).reshape(kernel.shape)
+        return product(jnp.concatenate(shifts(x), -1), ct).reshape(kernel.shape)
 
+    of_kernel = lambda f: lambda x, kernel, ct: jax.vjp(lambda w: f(x, w), kernel)[1](ct)[0]
+    of_input = lambda f: lambda x, kernel, ct: jax.vjp(lambda x: f(x, kernel), x)[1](ct)[0]
     return {
-        "xla": lambda x, kernel, ct: jax.vjp(lambda w: xla(x, w, stride, padding), kernel)[1](ct)[0],
-        "shifted": shifted,
-        "rows": rows,
-        "columns": columns,
-        "forward": lambda x, kernel, ct: xla(x, kernel, stride, padding),
-        "input gradient": lambda x, kernel, ct: jax.vjp(lambda x: xla(x, kernel, stride, padding), x)[1](ct)[0],
+        "kernel: JAX": of_kernel(by_jax),
+        "kernel: ours": of_kernel(ours),
+        "kernel: shifted": shifted,
+        "kernel: columns": columns,
+        "input: JAX": of_input(by_jax),
+        "input: ours": of_input(ours),
+        "forward": lambda x, kernel, ct: ours(x, kernel),
     }
 
 
 def looped(form: Callable) -> Callable:
-    """Twice in a loop, each time of other numbers."""
-    step = lambda i, carry, given: carry + form(given[0] + i, given[1], given[2]).sum()
-    return lambda *given: jax.lax.fori_loop(0, 2, lambda i, carry: step(i, carry, given), jnp.zeros(()))
-
-
-def seconds(function: Callable, given: tuple[jax.Array, ...]) -> float:
-    began = time.process_time()
-    jax.block_until_ready(function(*given))
-    return time.process_time() - began
+    """Once, in a loop whose length XLA does not know."""
+    step = lambda i, carry, x, kernel, ct: carry + form(x + i, kernel, ct).sum()
+    return lambda n, *given: jax.lax.fori_loop(0, n, lambda i, carry: step(i, carry, *given), jnp.zeros(()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for name, (n, side, inputs, channels, size, stride, padding) in SHAPES.items():
-        (out,) = Window(size, stride, padding).sides(side)
+    for name, (side, inputs, channels, window) in SHAPES.items():
+        (out,) = window.sides(side)
         keys = jax.random.split(jax.random.key(0), 3)
-        shapes = ((n, side, side, inputs), (size, size, inputs, channels), (n, out, out, channels))
+        image, error = (arguments.batch, side, side, inputs), (arguments.batch, out, out, channels)
+        shapes = (image, (window.size, window.size, inputs, channels), error)
         given = tuple(jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
         compiled = {}
-        for form, function in forms(size, stride, padding, out).items():
-            compiled[form] = (jax.jit(function), 1)
-            compiled[f"{form}, in a loop"] = (jax.jit(looped(function)), 2)
+        for form, function in forms(window, out).items():
+            compiled[form] = jax.jit(looped(function)), (1, *given)
+            if form == "kernel: JAX":
+                compiled[f"{form}, alone"] = jax.jit(function), given
         times = {form: [] for form in compiled}
         for repeat in range(arguments.repeats + 1):
-            for form, (function, steps) in compiled.items():
-                taken = seconds(function, given) / steps
+            for form, (function, values) in compiled.items():
+                began = time.process_time()
+                jax.block_until_ready(function(*values))
                 if repeat:  # the first one compiles
-                    times[form].append(taken)
-        gflop = 2 * n * out * out * size * size * inputs * channels / 1e9
+                    times[form].append(time.process_time() - began)
+        gflop = 2 * arguments.batch * out**2 * window.size**2 * inputs * channels / 1e9
         rates = {form: gflop / min(taken) for form, taken in times.items()}
-        row = {"shape": name, "gflop": gflop, "gflop_per_processor_second": rates, "device": cost.device()}
-        rows.append(row)
-        print(f"{name:26s} " + ", ".join(f"{form} {rate:.0f}" for form, rate in rates.items()), flush=True)
-        arguments.out.mkdir(parents=True, exist_ok=True)
+        rows.append({"shape": name, "batch": arguments.batch, "gflop": gflop, "rates": rates, "device": cost.device()})
+        print(f"{name:26s} " + ", ".join(f"{form} {rate:.1f}" for form, rate in rates.items()), flush=True)
         write_json(arguments.out / "convolution.json", rows)
 
 

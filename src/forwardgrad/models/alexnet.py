@@ -31,10 +31,10 @@ from forwardgrad.models.layers import (
     DENSE,
     MAPS,
     UNITS,
+    Convolution,
     Dense,
     Layer,
     Window,
-    convolution,
     weight_axes,
 )
 from forwardgrad.network import Block, Network
@@ -89,7 +89,7 @@ class AlexNet:
             height, width = window.sides(height, width)
             height, width = pool.sides(height, width) if pool else (height, width)
             make = lambda rngs, i=inputs, c=channels, window=window, pool=pool: Layer(
-                convolution(i, c, window, self._initial, rngs),
+                Convolution(i, c, window, self._initial, rngs),
                 c,
                 MAPS,
                 rngs,

@@ -12,10 +12,10 @@ from forwardgrad.models.layers import (
     DENSE,
     MAPS,
     UNITS,
+    Convolution,
     Dense,
     Layer,
     Window,
-    convolution,
     weight_axes,
 )
 from forwardgrad.network import Network
@@ -64,7 +64,7 @@ class CNN:
         for i, channels in enumerate(self.channels):
             pool = Window(2, 2) if self.pool_all or i == len(self.channels) - 1 else None
             layer = lambda rngs, inputs=inputs, channels=channels, pool=pool: Layer(
-                convolution(inputs, channels, Window(self.kernel), starts, rngs),
+                Convolution(inputs, channels, Window(self.kernel), starts, rngs),
                 channels,
                 MAPS,
                 rngs,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from forwardgrad.losses.products import product
+from forwardgrad.models.convolutions import convolve
 from forwardgrad.models.initial import Initial
 from forwardgrad.taps import tap
 
@@ -34,7 +35,7 @@ class Layer(nnx.Module):
     """Linear map, passive tap "input/linear", BatchNorm if wanted, nonlinearity, maximum pooling if wanted; and one tap.
 
     Args:
-      linear: a `Dense` or `convolution`.
+      linear: a `Dense` or a `Convolution`.
       units: features or channels that it gives.
       axes: names of its output's axes.
       tapped: where the tap stands. Before the nonlinearity its name is "input"; after it, or after the pooling, "output".
@@ -46,7 +47,7 @@ class Layer(nnx.Module):
 
     def __init__(
         self,
-        linear: nnx.Module,
+        linear: Dense | Convolution,
         units: int,
         axes: str,
         rngs: nnx.Rngs,
@@ -61,7 +62,7 @@ class Layer(nnx.Module):
         self.axes, self.activation, self.tapped, self.pool = axes, activation, tapped, pool
 
     def __call__(self, h: jax.Array) -> jax.Array:
-        z = tap(self.linear(h), "input/linear", self.axes, passive=True)  # pyright: ignore[reportCallIssue]
+        z = tap(self.linear(h), "input/linear", self.axes, passive=True)
         z = z if self.norm is None else self.norm(z)
         if self.tapped == "before":
             z = tap(z, "input", self.axes)
@@ -94,18 +95,17 @@ class Dense(nnx.Linear):
         return super().__call__(inputs.reshape(inputs.shape[0], -1))
 
 
-def convolution(inputs: int, channels: int, window: Window, initial: Initial, rngs: nnx.Rngs) -> nnx.Conv:
+class Convolution(nnx.Module):
     """Convolution of [batch, height, width, inputs]."""
-    return nnx.Conv(
-        inputs,
-        channels,
-        (window.size, window.size),
-        strides=window.stride,
-        padding=((window.padding, window.padding), (window.padding, window.padding)),
-        kernel_init=initial.kernel,
-        bias_init=initial.bias(window.size**2 * inputs),
-        rngs=rngs,
-    )
+
+    def __init__(self, inputs: int, channels: int, window: Window, initial: Initial, rngs: nnx.Rngs):
+        shape, fan_in = (window.size, window.size, inputs, channels), window.size**2 * inputs
+        self.kernel = nnx.Param(initial.kernel(rngs.params(), shape, jnp.float32))
+        self.bias = nnx.Param(initial.bias(fan_in)(rngs.params(), (channels,), jnp.float32))
+        self.window = window
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return convolve(x, self.kernel[...], self.window.stride, self.window.padding) + self.bias[...]
 
 
 def max_pool(h: jax.Array, window: Window) -> jax.Array:
