@@ -68,7 +68,9 @@ class Noisy(Estimator):
             own = jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(b"noise")), zlib.crc32(block.encode()))
             leaves, tree = jax.tree.flatten(grads["layers"])
             keys = jax.random.split(own, len(leaves))
-            leaves = [g + self.sigma * jax.random.normal(k, g.shape, g.dtype) for g, k in zip(leaves, keys, strict=True)]
+            leaves = [
+                g + self.sigma * jax.random.normal(k, g.shape, g.dtype) for g, k in zip(leaves, keys, strict=True)
+            ]
             return update(block, {**grads, "layers": jax.tree.unflatten(tree, leaves)}, opt_state, params)
 
         return super().step(key, packed, batch, noisy)
@@ -77,8 +79,8 @@ class Noisy(Estimator):
 def with_noise(estimator: Estimator, sigma: float) -> Estimator:
     """ĝ + σ n, n ~ N(0, I) drawn for every step and every parameter of the layers: an estimate made worse, without bias, by a known amount.
 
-    Of an exact gradient in D parameters the total variance is σ² D, isotropic; that of a forward gradient grows with the gradient itself. Readouts are
-    left as they are, since methods that perturb have them exact. Runs by the whole executor: streaming would have equal blocks share their noise.
+    Of an exact gradient in D parameters the total variance is σ² D, isotropic; that of a forward gradient grows with the gradient itself. Readouts
+    are left as they are, since methods that perturb have them exact. Runs by the whole executor: streaming would have equal blocks share their noise.
     Cost: a Gaussian per parameter.
 
     Raises:

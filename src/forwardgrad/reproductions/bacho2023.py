@@ -98,7 +98,9 @@ tables = {
         tuple(figure3()),
         curves=("train_loss", "test_accuracy"),
     ),
-    "figure4": Table("Figure 4: variance of FDFA against the feedback's learning rate", measured_by="bacho2023_figure4"),
+    "figure4": Table(
+        "Figure 4: variance of FDFA against the feedback's learning rate", measured_by="bacho2023_figure4"
+    ),
     "figure5": Table("Figure 5: variance of FG-W and FG-A against neurons and inputs", measured_by="bacho2023_figure5"),
     "figure6": Table("Figure 6: training loss after one epoch against variance", measured_by="bacho2023_figure6"),
     "figure7": Table("Figure 7: angle to the gradient over epochs", measured_by="bacho2023_figure7"),

@@ -11,9 +11,9 @@ before its update: given that B such an estimate does not vary at all.)
 - *at rest*: t = ⌈3 / α⌉, every B before having been as random. Variance T α (1 - (1 - α)^2t) / (2 - α), in the limit T α / (2 - α), of first order
   in α: what the moving average varies by when nothing is given. The paper has none of it.
 
-T is known: entries of S, of which each example draws its own u, have the covariances Cov(S_oi, S_pj) = ([J Jᵀ]_op 1[i = j] + J_oj J_pi) / N, and the
-estimate is linear in S. Since the mean of S is J, that of every estimate is the exact gradient: a measured variance is the mean square of the distance
-to it, summed over weights, and its standard error that of a mean of independent samples.
+T is known: entries of S, for which each example draws its own u, have the covariances Cov(S_oi, S_pj) = ([J Jᵀ]_op 1[i = j] + J_oj J_pi) / N, and
+the estimate is linear in S. Since the mean of S is J, that of every estimate is the exact gradient: a measured variance is the mean square of the
+distance to it, summed over weights, and its standard error that of a mean of independent samples.
 """
 
 from __future__ import annotations
@@ -149,7 +149,8 @@ def rows(known: Problem, alphas: dict[str, Sequence[float]], samples: int) -> li
 def slope(found: list[dict[str, Any]], kind: str) -> float:
     """Of log variance against log α, by linear regression; at rest where α is small, since the power law holds in the limit."""
     mine = [row for row in found if row["kind"] == kind and (kind == KINDS[0] or row["alpha"] <= SMALL)]
-    return float(np.polyfit(*(np.log([row[key] for row in mine]) for key in ("alpha", "measured")), 1)[0])
+    x, y = (np.log([row[key] for row in mine]) for key in ("alpha", "measured"))
+    return float(np.polyfit(x, y, 1)[0])
 
 
 ALPHAS = {KINDS[0]: (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0), KINDS[1]: (1e-2, 3e-2, 1e-1, 3e-1, 1.0)}

@@ -10,12 +10,12 @@ alone are displaced. With δ = ∂L/∂y, for the weight from input j to unit i,
 
 both exact. What is shown is the average over the weights and over 10 images. More inputs are the image's pixels several times, as in the paper.
 
-The paper's slopes, 1 and 1 for FG-W and 1 and 0 for FG-A, need derivatives by single weights whose size does not depend on n1 and n0 (they are "bounded"
-there). Output weights are therefore drawn with one standard deviation whatever n1 is, small enough that outputs stay small: with the usual 1/√n1
-their squares, and with them both variances, would fall as fast as the numbers of terms grow. Hidden weights are U(±1/√n0).
+The paper's slopes, 1 and 1 for FG-W and 1 and 0 for FG-A, need derivatives by single weights whose size does not depend on n1 and n0 (they are
+"bounded" there). Output weights are therefore drawn with one standard deviation whatever n1 is, small enough that outputs stay small: with the usual
+1/√n1 their squares, and with them both variances, would fall as fast as the numbers of terms grow. Hidden weights are U(±1/√n0).
 
-The mean of every estimate is the exact gradient: a measured variance is the mean square of the distance to it, and its standard error that of a mean of
-independent samples.
+The mean of every estimate is the exact gradient: a measured variance is the mean square of the distance to it, and its standard error that of a
+mean of independent samples.
 """
 
 from __future__ import annotations
@@ -161,7 +161,8 @@ def rows(
 def slope(found: list[dict[str, Any]], sweep: str, method: str) -> float:
     """Of log variance against the log of the number that is swept, by linear regression."""
     mine = [row for row in found if (row["sweep"], row["method"]) == (sweep, method)]
-    return float(np.polyfit(*(np.log([row[key] for row in mine]) for key in (sweep, "measured")), 1)[0])
+    x, y = (np.log([row[key] for row in mine]) for key in (sweep, "measured"))
+    return float(np.polyfit(x, y, 1)[0])
 
 
 def run(
@@ -188,7 +189,9 @@ def run(
     from forwardgrad.training.loop import load_arrays
 
     begin, arrays = time.monotonic(), load_arrays(preset, data_dir, offline)
-    found = list(rows(arrays.normalise(arrays.train_images[:images]), arrays.train_labels[:images], sweeps, samples, say))
+    found = list(
+        rows(arrays.normalise(arrays.train_images[:images]), arrays.train_labels[:images], sweeps, samples, say)
+    )
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "figure5.json", found)
     slopes = {sweep: {name: slope(found, sweep, name) for name in LABELS} for sweep in sweeps}
@@ -218,7 +221,9 @@ def draw(path: Path, found: list[dict[str, Any]], slopes: dict[str, dict[str, fl
                 style = {"fmt": "^s"[i], "markersize": 4.5, "markerfacecolor": "none", "linestyle": "none"}
                 bars = [ERRORS * row["standard_error"] for row in mine]
                 label = f"{LABELS[name]}: slope {fitted:.2f}"
-                axes.errorbar(x, [r["measured"] for r in mine], bars, color=f"C{i}", elinewidth=0.8, label=label, **style)
+                axes.errorbar(
+                    x, [r["measured"] for r in mine], bars, color=f"C{i}", elinewidth=0.8, label=label, **style
+                )
             other = next(row["inputs" if sweep == "neurons" else "neurons"] for row in found if row["sweep"] == sweep)
             axes.set(xscale="log", yscale="log", xlabel=AXES[sweep].format(other))
             axes.legend(fontsize=8, frameon=False)
