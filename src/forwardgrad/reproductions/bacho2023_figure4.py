@@ -56,15 +56,16 @@ class Options(measured.OnData):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Network, parameters and batch, all fixed."""
+    """Network, parameters and batch, all fixed, and how directions are drawn."""
 
     network: fg.Network
     params: Any
     model_state: Any
     batch: dict[str, jax.Array]
+    guess: fg.Guess = dataclasses.field(default_factory=fg.gaussian)
 
     def estimator(self, alpha: Any) -> fg.Estimator:
-        return fg.recipes.fdfa(self.network, guess=fg.gaussian(), rule="average", alpha=alpha, mask=False)
+        return fg.recipes.fdfa(self.network, guess=self.guess, rule="average", alpha=alpha, mask=False)
 
     def gradient(self) -> jax.Array:
         """Exact, of the hidden layer's weights [inputs, units]."""

@@ -105,17 +105,17 @@ def truth(known: Problem) -> Truth:
     return Truth(gradient, {"fg-w": fg_w, "fg-a": fg_a})
 
 
-def estimator(name: str, network: fg.Network) -> fg.Estimator:
+def estimator(name: str, network: fg.Network, guess: fg.Guess) -> fg.Estimator:
     """Displaces the hidden layer's weights, biases left out, or its outputs."""
     insertion, partition = (fg.weights("*kernel"), ()) if name == "fg-w" else (fg.activations(), ("batch",))
     return fg.estimator(
-        network, target=fg.global_loss(), guess=fg.gaussian(), insertion=insertion, partition=partition, name=name
+        network, target=fg.global_loss(), guess=guess, insertion=insertion, partition=partition, name=name
     )
 
 
 def measure(name: str, known: Problem, gradient: jax.Array, samples: int, key: jax.Array) -> tuple[float, float]:
     """The variance, averaged over weights and images, and its standard error, of which the difference of the images is no part."""
-    method = estimator(name, known.network)
+    method = estimator(name, known.network, fg.gaussian())
 
     @functools.partial(jax.jit, static_argnums=4)
     def each(key: jax.Array, params: Any, batches: Any, gradient: jax.Array, samples: int) -> jax.Array:
