@@ -1,14 +1,21 @@
-"""Wrappers: `Estimator -> Estimator`, editing every part."""
+"""Wrappers: `Estimator -> Estimator`, editing every part, or what comes out."""
 
 from __future__ import annotations
 
 import dataclasses
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
 
 from forwardgrad.engine import Estimator
+from forwardgrad.errors import InputError
 from forwardgrad.guesses.base import Guess
 from forwardgrad.guesses.given import masked
 from forwardgrad.guesses.random import orthogonal
-from forwardgrad.parts import Part
+from forwardgrad.parts import Carry, Info, Part, Update
+from forwardgrad.streaming import Packed
 
 
 def _edited(estimator: Estimator, **changes) -> Estimator:
@@ -44,3 +51,42 @@ def with_orthogonal_draws(estimator: Estimator, draws: int) -> Estimator:
 def with_predictor(estimator: Estimator, predictor: Guess) -> Estimator:
     """A control variate: ĝ = p + <g - p, u> u. Unbiased whatever the prediction p is, with the variance of g - p instead of g."""
     return _edited(estimator, predictor=predictor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Noisy(Estimator):
+    """What `with_noise` makes. Attributes: `sigma`, standard deviation of the noise."""
+
+    sigma: float = 0.0
+
+    def step(
+        self, key: jax.Array, packed: Carry | Packed, batch: Mapping[str, Any], update: Update
+    ) -> tuple[Carry | Packed, jax.Array, Info]:
+        """As that of every estimator, with noise between estimate and update."""
+
+        def noisy(block: str, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+            own = jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(b"noise")), zlib.crc32(block.encode()))
+            leaves, tree = jax.tree.flatten(grads["layers"])
+            keys = jax.random.split(own, len(leaves))
+            leaves = [
+                g + self.sigma * jax.random.normal(k, g.shape, g.dtype) for g, k in zip(leaves, keys, strict=True)
+            ]
+            return update(block, {**grads, "layers": jax.tree.unflatten(tree, leaves)}, opt_state, params)
+
+        return super().step(key, packed, batch, noisy)
+
+
+def with_noise(estimator: Estimator, sigma: float) -> Estimator:
+    """ĝ + σ n, n ~ N(0, I) drawn for every step and every parameter of the layers: an estimate made worse, without bias, by a known amount.
+
+    Of an exact gradient in D parameters the total variance is σ² D, isotropic; that of a forward gradient grows with the gradient itself. Readouts
+    are left as they are, since methods that perturb have them exact. Runs by the whole executor: streaming would have equal blocks share their noise.
+    Cost: a Gaussian per parameter.
+
+    Raises:
+      InputError: `sigma` is negative.
+    """
+    if sigma < 0:
+        raise InputError(f"noise needs a standard deviation of at least 0, not {sigma}.")
+    fields = {f.name: getattr(estimator, f.name) for f in dataclasses.fields(Estimator)}
+    return Noisy(**{**fields, "executor": "whole"}, sigma=sigma)

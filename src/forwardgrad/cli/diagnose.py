@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from forwardgrad.cli.options import Places, method_names, parse
-from forwardgrad.errors import Diverged, InputError
+from forwardgrad.errors import InputError
 from forwardgrad.presets import Experiment
 
 ABOUT = (
@@ -44,9 +44,10 @@ def run(argv: list[str]) -> int:
     methods = method_names(options.methods)
     if options.out is None:
         raise InputError("diagnose needs a directory for its results: add --out DIR.")
+    from forwardgrad.diagnostics.alignment_picture import draw
     from forwardgrad.diagnostics.observer import How
+    from forwardgrad.diagnostics.over_training import FILE, diagnose
     from forwardgrad.training.loop import load_arrays
-    from forwardgrad.training.metrics import write_json
 
     how = How(*_how(experiment, options))
     arrays = load_arrays(experiment, options.data_dir, options.offline)
@@ -54,36 +55,13 @@ def run(argv: list[str]) -> int:
         raise InputError(
             f"no batch of {how.examples} can be taken from {len(arrays.train_images)} training images: set --examples to at most that."
         )
-    experiments = [dataclasses.replace(experiment, method=method) for method in methods]
-    for one in experiments:
-        _refuse(one, arrays)
-    runs, rows, totals = [], [], []
-    for number, one in enumerate(experiments):
-        if not options.quiet:
-            Console(stderr=True).print(f"[bold]{one.method}[/bold] ({number + 1} of {len(methods)})")
-        result, own = _one(one, arrays, how, preset, options)
-        runs.append(result)
-        mine, whole = _split(own, options.out / f"{one.method}-seed{one.seed}")
-        rows += mine
-        totals += whole
-        write_json(  # after each method, so that something is there to look at
-            options.out / "diagnose.json",
-            {
-                "preset": preset,
-                "experiment": experiment.to_json(),
-                **how.to_json(),
-                "runs": runs,
-                "totals": totals,
-                "rows": rows,
-            },
-        )
-    from forwardgrad.diagnostics.alignment_picture import draw
-
+    say = lambda line: None if options.quiet else Console(stderr=True).print(line, highlight=False)
+    found = diagnose(experiment, methods, arrays, how, options.out, preset=preset, quiet=options.quiet, say=say)
     title = f"{preset}, {experiment.dataset}, {how.draws} estimates on {how.examples} images, seed {experiment.seed}"
-    draw(options.out / "diagnose.png", rows, title)
-    _print_layers(rows)
-    _print_totals(totals, runs)
-    print(f"{options.out / 'diagnose.json'}, {options.out / 'diagnose.png'}")
+    draw(options.out / "diagnose.png", found["rows"], title)
+    _print_layers(found["rows"])
+    _print_totals(found["totals"], found["runs"])
+    print(f"{options.out / FILE}, {options.out / 'diagnose.png'}")
     return 0
 
 
@@ -98,64 +76,6 @@ def _how(experiment: Experiment[Any], options: Options) -> tuple[tuple[int, ...]
     if options.examples < 0:
         raise InputError(f"--examples must be at least 0, not {options.examples}.")
     return epochs, draws, options.examples or experiment.batch_size
-
-
-def _refuse(one: Experiment[Any], arrays: Any) -> None:
-    """Refuse a method that this network cannot serve, before another one has trained for hours."""
-    one.check()
-    network = one.model.network(arrays.train_images.shape[1:], arrays.classes)
-    one.estimator(network).target.scopes(network)
-
-
-def _one(one: Experiment[Any], arrays: Any, how: Any, preset: str, options: Options) -> tuple[Any, list[Any]]:
-    """Train and measure a method, or find it done: what `result.json` holds, and rows."""
-    from forwardgrad.diagnostics.observer import Observer, refuse_gaps, stored
-    from forwardgrad.training import auto
-    from forwardgrad.training.learner import Learner
-    from forwardgrad.training.loop import finished, train
-
-    assert options.out is not None
-    one = auto.chosen(one, arrays)
-    directory = options.out / f"{one.method}-seed{one.seed}"
-    result, known = finished(directory, one), stored(directory, how)
-    diverged = None
-    if result is None:
-        learner = Learner(one, arrays)
-        say = lambda line: None if options.quiet else Console(stderr=True).print(line, highlight=False)
-        observer = Observer(learner, directory, how, say)
-        try:
-            result = train(
-                one, directory, preset=preset, resume=True, quiet=options.quiet, learner=learner, observe=observer
-            )
-        except Diverged as error:
-            none = dict.fromkeys(("test_error", "validation_error", "train_error", "wall_seconds"))
-            result, diverged = {"method": one.method, "seed": one.seed, **none}, str(error)
-        known = observer.known
-    if diverged is None:
-        refuse_gaps(directory, known, how.epochs)
-    return {**result, "diverged": diverged}, [row for e in sorted(known) if e in how.epochs for row in known[e]]
-
-
-def _split(own: list[dict[str, Any]], directory: Path) -> tuple[list[Any], list[Any]]:
-    """Rows of layers, and rows of all layers together with the means over layers and the errors after that epoch."""
-    from forwardgrad.diagnostics.alignment import ALL
-    from forwardgrad.training.metrics import read
-
-    ends = {round(line["epoch"]): line for line in read(directory / "metrics.jsonl") if "epoch_error" in line}
-    rows = [row for row in own if row["layer"] != ALL]
-    totals = []
-    for whole in (row for row in own if row["layer"] == ALL):
-        same = [r for r in rows if (r["epoch"], r["reference"]) == (whole["epoch"], whole["reference"])]
-        angles = [r["degrees"] for r in same if r["degrees"] is not None]
-        after = ends.get(whole["epoch"], {})
-        more = {
-            "mean_degrees": sum(angles) / len(angles) if angles else None,
-            "train_loss": after.get("epoch_loss"),
-            "train_error": after.get("epoch_error"),
-            "held_out_error": after.get("test_error", after.get("validation_error")),
-        }
-        totals.append({**whole, **more})
-    return rows, totals
 
 
 def _shown(value: float | None, digits: int) -> str:

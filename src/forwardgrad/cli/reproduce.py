@@ -14,7 +14,7 @@ from forwardgrad import recipes, reproductions
 from forwardgrad.cli.options import Places, flags, tyro_cli
 from forwardgrad.errors import Diverged, InputError
 from forwardgrad.presets import Experiment
-from forwardgrad.reproductions import curves, records
+from forwardgrad.reproductions import curves, measured, records
 from forwardgrad.reproductions.cells import Cell, expected
 
 MADE = "made.json"  # in a run's directory: what it was made on and by
@@ -70,23 +70,14 @@ def run(argv: list[str]) -> int:
     return 1 if failed else 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Measuring:
-    """Of a figure that is measured, not trained."""
-
-    results: Path = Path("results")
-    """directory of the JSON file and the picture"""
-    quiet: bool = False
-    """show no progress"""
-
-
 def _measure(module: Any, name: str, *argv: str) -> int:
-    """A figure that trains nothing: its numbers are measured afresh, and checked."""
+    """A figure without cells: its numbers are measured as a whole, and checked."""
     about = f"{module.__doc__.strip().splitlines()[0]} The exit code is 1 where the measurement does not bear it out."
-    options = tyro_cli("reproduce", list(argv), Measuring, f"forwardgrad reproduce {name}", about, Measuring())
+    kind = getattr(module, "Options", measured.Options)
+    options = tyro_cli("reproduce", list(argv), kind, f"forwardgrad reproduce {name}", about, kind())
     out = options.results / name.partition(":")[0]
     say = (lambda line: None) if options.quiet else (lambda line: Console(stderr=True).print(line, highlight=False))
-    summary = module.run(out, say=say)
+    summary = module.run(out, say=say, **measured.own(options))
     print(summary["said"])
     print(", ".join(str(out / file) for file in summary["files"]))
     return 0 if summary["passes"] else 1

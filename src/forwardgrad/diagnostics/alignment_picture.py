@@ -48,6 +48,26 @@ def draw(path: Path, rows: list[dict[str, Any]], title: str) -> None:
         )
 
 
+def draw_angles(path: Path, rows: list[dict[str, Any]], title: str) -> None:
+    """Angles alone, a panel per method side by side: as Figure 7 of Bacho & Chu (2023) shows them.
+
+    Args:
+      path, rows, title: as for `draw`; of the rows those against a method's own target.
+    """
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    with picture(path, 1, len(methods), title) as panels:
+        for axes, method in zip(panels[0], methods, strict=True):
+            _lines(axes, [r for r in rows if r["method"] == method and r["own_target"]], layers, "degrees")
+            axes.set(xlabel="epoch")
+            axes.set_title(method, loc="left", fontweight="bold")
+        _share(list(panels[0]), "degrees")
+        panels[0][0].set_ylabel("angle to the gradient (degrees)")
+        panels[0][-1].legend(
+            *_key(layers, panels[0][-1]), title="layer", loc="upper left", bbox_to_anchor=(1.02, 1.02), frameon=False
+        )
+
+
 def _title(quantity: str, reference: str) -> str:
     loss = "final loss" if reference == "global" else f"{reference} loss"
     return {

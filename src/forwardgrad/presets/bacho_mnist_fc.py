@@ -1,4 +1,4 @@
-"""Bacho & Chu 2023, fully connected networks on MNIST (Tables 1 and B.6, Figures 4, 5 and 7): 100 epochs of Adam, lr 1e-4 times 0.95 an epoch.
+"""Bacho & Chu 2023, fully connected networks on MNIST (Tables 1 and B.6, Figures 4 to 7): 100 epochs of Adam, lr 1e-4 times 0.95 an epoch.
 
 The network of Figure 7, "five layers": four hidden layers of 800 units and the output. `--hidden 800`, `--hidden 800 800` and
 `--hidden 800 800 800` are the tables' networks of two to four layers. Batch 64 (of the released code; the paper is silent), pixels in [-1, 1], no

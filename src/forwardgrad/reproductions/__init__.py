@@ -20,7 +20,7 @@ def papers() -> dict[str, dict[str, Table]]:
 
 
 def measurement(name: str) -> Any:
-    """The module that measures `PAPER:TABLE`, where that is a figure that trains nothing; else `None`."""
+    """The module that measures `PAPER:TABLE`, where that is measured as a whole; else `None`."""
     paper, _, table = name.partition(":")
     found = papers().get(paper, {}).get(table)
     return importlib.import_module(f"{__name__}.{found.measured_by}") if found and found.measured_by else None

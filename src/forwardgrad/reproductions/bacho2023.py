@@ -75,6 +75,16 @@ def table3() -> list[Cell]:
     return out
 
 
+def figure3() -> list[Cell]:
+    """Two-layer cells of Table B.6 and cells of Table 2, on CIFAR-10, over epochs. A figure prints no number: the tables' cells have them."""
+    out = []
+    for column, known in (("fc", fully_connected("figure3", 2, "")), ("cnn", table2())):
+        for cell in known:
+            if cell.experiment.dataset == "cifar10" and cell.row != "lg-fg-a":
+                out.append(dataclasses.replace(cell, table="figure3", column=column, printed=None))
+    return out
+
+
 tables = {
     "table1": Table("Table 1: fully connected networks of four layers", tuple(fully_connected("table1", 4, "Table 1"))),
     "table2": Table("Table 2: a small convolutional network", tuple(table2())),
@@ -83,4 +93,15 @@ tables = {
         "Table B.6: fully connected networks of different depths",
         tuple(cell for layers in TABLE_B6 for cell in fully_connected("tableB6", layers, "Table B.6")),
     ),
+    "figure3": Table(
+        "Figure 3: convergence on CIFAR-10, a fully connected network of two layers and a small convolutional one",
+        tuple(figure3()),
+        curves=("train_loss", "test_accuracy"),
+    ),
+    "figure4": Table(
+        "Figure 4: variance of FDFA against the feedback's learning rate", measured_by="bacho2023_figure4"
+    ),
+    "figure5": Table("Figure 5: variance of FG-W and FG-A against neurons and inputs", measured_by="bacho2023_figure5"),
+    "figure6": Table("Figure 6: training loss after one epoch against variance", measured_by="bacho2023_figure6"),
+    "figure7": Table("Figure 7: angle to the gradient over epochs", measured_by="bacho2023_figure7"),
 }

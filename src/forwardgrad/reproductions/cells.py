@@ -77,8 +77,8 @@ class Table(NamedTuple):
       cells: in the paper's order, column by column.
       draw: of a figure: `(axes, records)`.
       curves: of a figure over epochs, in place of `draw`: what it shows, as `curves.draw` takes it.
-      measured_by: of a figure that trains nothing, in place of cells: the module whose `run(out, say=...)` measures and draws it, and returns
-        a summary with `passes` and `said`, a sentence.
+      measured_by: of a figure that is no set of runs with an error each, in place of cells: the module whose `run(out, say=...)` measures and draws
+        it, and returns a summary with `passes`, `said`, a sentence, and `files`; its flags are in `measured.py`.
     """
 
     title: str

@@ -22,7 +22,7 @@ with a number that took all of them, and says by how much it is off.
 MEASURED = """
 ### {title}
 
-Measured by `forwardgrad reproduce {name}`; nothing is trained.
+Measured by `forwardgrad reproduce {name}`.
 """
 COLUMNS = ("column", "method", "paper", "here", "verdict", "epochs", "seed", "variant", "time", "hardware", "command")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 
 from forwardgrad.bias import bias
 from forwardgrad.data import Arrays, augment, batches
+from forwardgrad.engine import Estimator
 from forwardgrad.parts import Carry
 from forwardgrad.presets.experiment import Experiment
 from forwardgrad.training.optimisers import optimiser
@@ -48,6 +50,7 @@ class Learner:
     Args:
       experiment: what to train.
       arrays: the data, with the validation images already held out.
+      edit: what is made of the experiment's estimator before it trains (see `forwardgrad.wrappers`).
 
     Attributes:
       bias: after `init` with `allow_bias`, the relative bias of the estimate at each site (see `forwardgrad.bias`).
@@ -58,11 +61,13 @@ class Learner:
 
     longest_dispatch = 64
 
-    def __init__(self, experiment: Experiment, arrays: Arrays):
+    def __init__(
+        self, experiment: Experiment, arrays: Arrays, edit: Callable[[Estimator], Estimator] = lambda method: method
+    ):
         experiment.check()
         self.experiment, self.arrays = experiment, arrays
         self.network = experiment.model.network(arrays.train_images.shape[1:], arrays.classes)
-        self.method = experiment.estimator(self.network)
+        self.method = edit(experiment.estimator(self.network))
         self.steps_per_epoch = batches.steps_per_epoch(len(arrays.train_images), experiment.batch_size)
         self.total_steps = experiment.epochs * self.steps_per_epoch
         self.optimiser = optimiser(experiment, self.network, self.steps_per_epoch)
