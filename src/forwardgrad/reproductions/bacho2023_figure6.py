@@ -32,6 +32,7 @@ from forwardgrad import wrappers
 from forwardgrad.data import batches
 from forwardgrad.diagnostics import alignment
 from forwardgrad.engine import Estimator
+from forwardgrad.errors import InputError
 from forwardgrad.losses.cross_entropy import cross_entropy
 from forwardgrad.presets.bacho_mnist_fc import preset
 from forwardgrad.presets.experiment import Experiment
@@ -170,6 +171,9 @@ def run(
     """
     from forwardgrad.training.loop import load_arrays
 
+    measured.refuse_less(units=(units, 1))
+    if draws < 8 or draws % 4:
+        raise InputError(f"--draws must be a multiple of 4, at least 8, not {draws}.")
     begin, arrays = time.monotonic(), load_arrays(experiment("bp", units, train_images), data_dir, offline)
     found = []
     for method, sigma in [("bp", sigma) for sigma in sigmas] + [(method, 0.0) for method in METHODS]:
