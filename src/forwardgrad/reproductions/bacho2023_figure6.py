@@ -139,7 +139,7 @@ def ranks(found: list[dict[str, Any]]) -> float:
 
 
 def off_the_line(found: list[dict[str, Any]]) -> dict[str, float]:
-    """A method's loss over that of noisy backpropagation of the same variance: interpolated along log variance, beyond its points that of the nearest."""
+    """A method's loss over that of noisy backpropagation of the same variance: along log variance, beyond its points that of the nearest."""
     noisy = sorted((row["variance"], row["train_loss"]) for row in found if row["sigma"] > 0)
     x, y = np.log([v for v, _ in noisy]), [one for _, one in noisy]
     forward = [row for row in found if row["method"] in METHODS and row["variance"] > 0]
