@@ -65,12 +65,12 @@ def test_the_variances_of_figure_5(name):
     known = known._replace(params=DOUBLE(known.params), model_state=DOUBLE(known.model_state))
     exact = bacho2023_figure5.truth(known)
     rows, probability = gauss(4 if name == "fg-w" else 2)
-    batch = {key: value[0] for key, value in known.batches.items()}
+    params, model_state, batch = jax.tree.map(lambda x: x[0], known[1:])
 
     def squared(row):
         method = bacho2023_figure5.estimator(name, known.network, along(row))
-        state = method.initial_state(jax.random.key(0), known.params, known.model_state, batch)
-        found = method.estimate(jax.random.key(0), state, known.params, known.model_state, batch)[0].grads
+        state = method.initial_state(jax.random.key(0), params, model_state, batch)
+        found = method.estimate(jax.random.key(0), state, params, model_state, batch)[0].grads
         return ((bacho2023_figure4.kernel(found) - exact.gradient[0]) ** 2).mean()
 
     found = jax.jit(jax.vmap(squared))(jnp.asarray(rows)) @ jnp.asarray(probability)

@@ -182,6 +182,7 @@ def run(
     """
     from forwardgrad.training.loop import load_arrays
 
+    measured.refuse_less(units=(units, 1), examples=(examples, 1), samples=(samples, 2))
     begin, arrays = time.monotonic(), load_arrays(preset, data_dir, offline)
     known = problem(units, arrays.train_images[:examples], arrays.train_labels[:examples], arrays.normalise)
     found = rows(known, alphas, samples)

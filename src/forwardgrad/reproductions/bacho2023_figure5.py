@@ -8,7 +8,8 @@ alone are displaced. With δ = ∂L/∂y, for the weight from input j to unit i,
     Proposition 5   FG-W   Var = (∂L/∂w_ij)² + |∂L/∂W|²
     Proposition 6   FG-A   Var = (δ_i² + |δ|²)(∂y_i/∂w_ij)²
 
-both exact. What is shown is the average over the weights and over 10 images. More inputs are the image's pixels several times, as in the paper.
+both exact. What is shown is the average over the weights and over 10 images, each on a network of its own, since few neurons are no good sample of
+what is drawn. More inputs are the image's pixels several times, as in the paper.
 
 The paper's slopes, 1 and 1 for FG-W and 1 and 0 for FG-A, need derivatives by single weights whose size does not depend on n1 and n0 (they are
 "bounded" there). Output weights are therefore drawn with one standard deviation whatever n1 is, small enough that outputs stay small: with the usual
@@ -21,7 +22,6 @@ mean of independent samples.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -59,7 +59,7 @@ class Options(measured.OnData):
 
 
 class Problem(NamedTuple):
-    """Network, its parameters, and images [images, 1, ...] with labels [images, 1]: batches of one."""
+    """A network with parameters for each image [images, ...], and images [images, 1, ...] with labels [images, 1]: batches of one."""
 
     network: fg.Network
     params: Any
@@ -79,19 +79,18 @@ def problem(units: int, copies: int, images: jax.Array, labels: Any) -> Problem:
     model = dataclasses.replace(preset.model, hidden=(units,), batch_norm=False)
     x = jnp.repeat(images, copies, axis=-1)[:, None]
     network = model.network(x.shape[2:], 10)
-    params, model_state = jax.jit(network.init)(jax.random.key(0))
-    readout = params["layer0"]["readout"]
-    drawn = OUTPUT * jax.random.normal(jax.random.key(1), readout["kernel"].shape)
-    params = {"layer0": {**params["layer0"], "readout": {"kernel": drawn, "bias": jnp.zeros(10)}}}
+    params, model_state = jax.jit(jax.vmap(network.init))(jax.random.split(jax.random.key(0), len(x)))
+    drawn = OUTPUT * jax.random.normal(jax.random.key(1), (len(x), units, 10))
+    params = {"layer0": {**params["layer0"], "readout": {"kernel": drawn, "bias": jnp.zeros((len(x), 10))}}}
     return Problem(network, params, model_state, {"inputs": x, "labels": jnp.asarray(labels)[:, None]})
 
 
 def truth(known: Problem) -> Truth:
     """From the formulas, without an estimator."""
-    (layers, readout) = (known.params["layer0"][name] for name in ("layers", "readout"))
-    w, b = layers["linear"]["kernel"], layers["linear"]["bias"]
 
-    def one(x: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def one(params: Any, x: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        (layers, readout) = (params["layer0"][name] for name in ("layers", "readout"))
+        w, b = layers["linear"]["kernel"], layers["linear"]["bias"]
         x = x.ravel()
         z = x @ w + b
         delta = jax.grad(lambda y: -jax.nn.log_softmax(y @ readout["kernel"] + readout["bias"])[label])(jax.nn.relu(z))
@@ -101,7 +100,9 @@ def truth(known: Problem) -> Truth:
         fg_a = ((delta**2 + (delta**2).sum()) * local**2).mean()
         return gradient, total * (1 + 1 / w.size), fg_a
 
-    gradient, fg_w, fg_a = jax.jit(jax.vmap(one))(known.batches["inputs"][:, 0], known.batches["labels"][:, 0])
+    gradient, fg_w, fg_a = jax.jit(jax.vmap(one))(
+        known.params, *(known.batches[name][:, 0] for name in ("inputs", "labels"))
+    )
     return Truth(gradient, {"fg-w": fg_w, "fg-a": fg_a})
 
 
@@ -117,17 +118,18 @@ def measure(name: str, known: Problem, gradient: jax.Array, samples: int, key: j
     """The variance, averaged over weights and images, and its standard error, of which the difference of the images is no part."""
     method = estimator(name, known.network, fg.gaussian())
 
-    @functools.partial(jax.jit, static_argnums=4)
-    def each(key: jax.Array, params: Any, batches: Any, gradient: jax.Array, samples: int) -> jax.Array:
+    @jax.jit
+    def each(keys: jax.Array, *known: Any) -> jax.Array:
         def image(one: Any) -> jax.Array:
-            key, batch, exact = one
-            state = method.initial_state(key, params, known.model_state, batch)
-            estimate = lambda k: method.estimate(k, state, params, known.model_state, batch)[0].grads
+            key, params, model_state, batch, exact = one
+            state = method.initial_state(key, params, model_state, batch)
+            estimate = lambda k: method.estimate(k, state, params, model_state, batch)[0].grads
             return jax.lax.map(lambda k: ((kernel(estimate(k)) - exact) ** 2).mean(), jax.random.split(key, samples))
 
-        return jax.lax.map(image, (jax.random.split(key, len(gradient)), batches, gradient))
+        return jax.lax.map(image, (keys, *known))
 
-    found = np.asarray(each(key, known.params, known.batches, gradient, samples), np.float64)
+    keys = jax.random.split(key, len(gradient))
+    found = np.asarray(each(keys, known.params, known.model_state, known.batches, gradient), np.float64)
     error = math.sqrt(found.var(1, ddof=1).sum() / samples) / len(found)
     return float(found.mean()), error
 
@@ -188,6 +190,7 @@ def run(
     """
     from forwardgrad.training.loop import load_arrays
 
+    measured.refuse_less(images=(images, 1), samples=(samples, 2))
     begin, arrays = time.monotonic(), load_arrays(preset, data_dir, offline)
     found = list(
         rows(arrays.normalise(arrays.train_images[:images]), arrays.train_labels[:images], sweeps, samples, say)
@@ -226,5 +229,7 @@ def draw(path: Path, found: list[dict[str, Any]], slopes: dict[str, dict[str, fl
                 )
             other = next(row["inputs" if sweep == "neurons" else "neurons"] for row in found if row["sweep"] == sweep)
             axes.set(xscale="log", yscale="log", xlabel=AXES[sweep].format(other))
+            axes.set_xticks(ticks := sorted({row[sweep] for row in found if row["sweep"] == sweep}), map(str, ticks))
+            axes.minorticks_off()
             axes.legend(fontsize=8, frameon=False)
         panels[0][0].set_ylabel("variance, average over weights")

@@ -32,6 +32,7 @@ from forwardgrad import wrappers
 from forwardgrad.data import batches
 from forwardgrad.diagnostics import alignment
 from forwardgrad.engine import Estimator
+from forwardgrad.errors import InputError
 from forwardgrad.losses.cross_entropy import cross_entropy
 from forwardgrad.presets.bacho_mnist_fc import preset
 from forwardgrad.presets.experiment import Experiment
@@ -39,7 +40,7 @@ from forwardgrad.reproductions import measured
 from forwardgrad.training.metrics import write_json
 from forwardgrad.training.pictures import picture
 
-SIGMAS = (0.0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+SIGMAS = (0.0, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 METHODS = ("fg-w", "fg-a", "fdfa")
 NOISY = "bp with noise"
 COLOURS = {NOISY: "black", "fg-w": "C2", "fg-a": "C3", "fdfa": "C0"}
@@ -138,7 +139,7 @@ def ranks(found: list[dict[str, Any]]) -> float:
 
 
 def off_the_line(found: list[dict[str, Any]]) -> dict[str, float]:
-    """A method's loss over that of noisy backpropagation of the same variance, between whose points the loss is taken along log variance."""
+    """A method's loss over that of noisy backpropagation of the same variance: along log variance, beyond its points that of the nearest."""
     noisy = sorted((row["variance"], row["train_loss"]) for row in found if row["sigma"] > 0)
     x, y = np.log([v for v, _ in noisy]), [one for _, one in noisy]
     forward = [row for row in found if row["method"] in METHODS and row["variance"] > 0]
@@ -170,6 +171,9 @@ def run(
     """
     from forwardgrad.training.loop import load_arrays
 
+    measured.refuse_less(units=(units, 1))
+    if draws < 8 or draws % 4:
+        raise InputError(f"--draws must be a multiple of 4, at least 8, not {draws}.")
     begin, arrays = time.monotonic(), load_arrays(experiment("bp", units, train_images), data_dir, offline)
     found = []
     for method, sigma in [("bp", sigma) for sigma in sigmas] + [(method, 0.0) for method in METHODS]:

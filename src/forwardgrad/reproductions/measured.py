@@ -10,6 +10,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from forwardgrad.errors import InputError
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -35,3 +37,14 @@ def own(options: Options) -> dict[str, Any]:
     """What `run` is given by name."""
     common = {f.name for f in dataclasses.fields(Options)}
     return {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name not in common}
+
+
+def refuse_less(**values: tuple[int, int]) -> None:
+    """Refuse flags below what they must be: `{flag: (value, least)}`.
+
+    Raises:
+      InputError: with the first of them.
+    """
+    for flag, (value, least) in values.items():
+        if value < least:
+            raise InputError(f"--{flag} must be at least {least}, not {value}.")
