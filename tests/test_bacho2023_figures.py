@@ -217,4 +217,4 @@ def test_figure_7_is_what_diagnose_measures(tmp_path, on_digits, monkeypatch, ca
         256,
     )
     assert (asked["methods"], how.epochs, how.draws, how.examples) == (("dfa", "dkp", "fdfa"), (*range(7),), 8, 64)
-    assert asked["out"] == tmp_path / "runs/bacho2023/figure7-6-epochs"
+    assert asked["out"] == tmp_path / "runs/bacho2023/figure7-6-epochs-hidden-8x8-train-images-256"
