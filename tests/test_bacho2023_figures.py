@@ -1,6 +1,7 @@
 """Figures 3 to 7 of Bacho & Chu (2023): what they compare with, exactly; noise on an estimate; every figure in miniature, on digits."""
 
 import dataclasses
+import inspect
 import json
 
 import jax
@@ -12,6 +13,7 @@ from toynets import along, distance, gauss
 import forwardgrad as fg
 from forwardgrad import reproductions
 from forwardgrad.cli.main import dispatch
+from forwardgrad.diagnostics import over_training
 from forwardgrad.models.mlp import MLP
 from forwardgrad.presets.bacho_mnist_fc import preset
 from forwardgrad.reproductions import (
@@ -87,10 +89,11 @@ def test_noise_is_added_to_layers_once_and_in_proportion():
     batch = {"inputs": jax.random.normal(jax.random.key(1), (4, 4, 4, 1), jnp.float64), "labels": jnp.arange(4) % 3}
     exact = fg.recipes.bp(network)
 
-    def noise(sigma, key=3, method=exact):
-        method = fg.wrappers.with_noise(method, sigma)
-        estimate = lambda one: one.estimate(jax.random.key(key), (), params, state, batch)[0].grads
-        return jax.jit(lambda: jax.tree.map(jnp.subtract, estimate(method), estimate(exact)))()
+    noisy = fg.wrappers.with_noise(exact, 1.0)
+    estimate = lambda method, key: method.estimate(key, (), params, state, batch)[0].grads
+    less = lambda method, key: jax.tree.map(jnp.subtract, estimate(method, key), estimate(exact, key))
+    whole = jax.jit(lambda sigma, key: less(dataclasses.replace(noisy, sigma=sigma), key))
+    noise = lambda sigma, key=3: whole(sigma, jax.random.key(key))
 
     one = noise(1.0)
     assert all(
@@ -105,7 +108,8 @@ def test_noise_is_added_to_layers_once_and_in_proportion():
     assert abs(first @ second) < 4 * (size / 2) ** 0.5  # blocks of one shape draw their own
     assert distance(noise(2.0), jax.tree.map(lambda x: 2 * x, one)) < 1e-12
     assert distance(noise(0.0), jax.tree.map(jnp.zeros_like, one)) < 1e-15
-    assert distance(noise(1.0, method=dataclasses.replace(exact, microbatch=2)), one) < 1e-12
+    pieces = fg.wrappers.with_noise(dataclasses.replace(exact, microbatch=2), 1.0)
+    assert distance(jax.jit(lambda: less(pieces, jax.random.key(3)))(), one) < 1e-12
     assert distance(noise(1.0, key=4), one) > 0.1
     with pytest.raises(fg.InputError, match="at least 0, not -1"):
         fg.wrappers.with_noise(exact, -1)
@@ -131,7 +135,7 @@ def command(figure, tmp_path, *flags):
 
 @pytest.mark.quick_compile
 def test_figure_4_in_miniature(tmp_path, on_digits, capsys):
-    assert command("figure4", tmp_path, "--units", "8", "--examples", "4") == 0
+    assert command("figure4", tmp_path, "--units", "4", "--examples", "2") == 0
     said = capsys.readouterr()
     rows = json.loads((tmp_path / "results/bacho2023/figure4.json").read_text())
     assert "given the previous B" in said.out
@@ -143,47 +147,74 @@ def test_figure_4_in_miniature(tmp_path, on_digits, capsys):
 
 
 @pytest.mark.quick_compile
-def test_figure_5_in_miniature(tmp_path, on_digits):
+def test_figure_5_in_miniature(tmp_path, on_digits, monkeypatch):
+    monkeypatch.setattr(bacho2023_figure5, "LABELS", {"fg-a": "FG-A"})
     said = []
     summary = bacho2023_figure5.run(tmp_path, images=3, samples=400, sweeps={"neurons": (4, 16)}, say=said.append)
     rows = files(tmp_path, summary)
     assert summary["passes"]
-    assert [(row["neurons"], row["inputs"], row["method"]) for row in rows] == [
-        (neurons, 64, method) for neurons in (4, 16) for method in ("fg-w", "fg-a")
-    ]
+    assert [(row["neurons"], row["inputs"], row["method"]) for row in rows] == [(n, 64, "fg-a") for n in (4, 16)]
     assert len(said) == 2
     assert all(0 < row["standard_error"] < row["theory"] for row in rows)
 
 
 @pytest.mark.quick_compile
 def test_figure_6_in_miniature(tmp_path, on_digits, monkeypatch):
+    """Trained and measured: backpropagation with noise, and fdfa."""
+    point = bacho2023_figure6.point
+    exact = {"method": "bp", "sigma": 0.0, "train_loss": 1.0, "variance": 0.0, "variance_share": 0.0}
+    some = lambda one, arrays, sigma, draws: point(one, arrays, sigma, draws) if sigma or one.method != "bp" else exact
+    monkeypatch.setattr(bacho2023_figure6, "point", some)
     monkeypatch.setattr(bacho2023_figure6, "METHODS", ("fdfa",))
     summary = bacho2023_figure6.run(
         tmp_path, units=8, train_images=256, draws=8, sigmas=(0.0, 0.1), say=lambda line: None
     )
-    none, noisy, fdfa = files(tmp_path, summary)
-    assert [row["method"] for row in (none, noisy, fdfa)] == ["bp", "bp", "fdfa"]
-    assert none["variance"] == none["variance_share"] == 0
+    _, noisy, fdfa = files(tmp_path, summary)
+    assert [(row["method"], row["sigma"]) for row in (noisy, fdfa)] == [("bp", 0.1), ("fdfa", 0.0)]
     assert noisy["measured_after"] == [1, 2, 3, 4]
     assert 0.8 < noisy["variance_share"] <= 1
     assert noisy["variance"] > 1 > fdfa["variance"] > 0
     assert set(summary["off_the_line"]) == {"fdfa"}
-    assert all(1 < row["train_loss"] < 3 for row in (none, noisy, fdfa))
+    assert all(1 < row["train_loss"] < 3 for row in (noisy, fdfa))
 
 
-@pytest.mark.quick_compile
-def test_figure_7_in_miniature(tmp_path, on_digits, monkeypatch, capsys):
-    """What is finished is kept."""
-    monkeypatch.setattr(bacho2023_figure7, "METHODS", ("dfa", "fdfa"))
-    flags = ["--epochs", "1", "--hidden", "8", "8", "--train-images", "256", "--runs", str(tmp_path / "runs")]
-    code = command("figure7", tmp_path, *flags)
-    said = capsys.readouterr()
-    assert "epoch 1" in said.err
-    found = json.loads((tmp_path / "results/bacho2023/figure7.json").read_text())
-    degrees = {row["method"]: row["mean_degrees"] for row in found["totals"] if row["epoch"] == 1}
-    assert f"dfa {degrees['dfa']:.1f}, fdfa {degrees['fdfa']:.1f}" in said.out
-    assert code == (0 if degrees["fdfa"] <= degrees["dfa"] - 15 else 1)
-    assert [row["layer"] for row in found["rows"] if row["method"] == "dfa"] == 2 * [f"layer{i}/linear" for i in (0, 1)]
-    assert (tmp_path / "results/bacho2023/figure7.png").read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize(("fdfa", "code"), [(65.0, 0), (65.1, 1)])
+def test_figure_7_is_what_diagnose_measures(tmp_path, on_digits, monkeypatch, capsys, fdfa, code):
+    """`test_diagnose.py` has the measurement itself; here are its arguments, and the check after five epochs."""
+    asked = {}
+
+    def measured(*args, **named):
+        asked.update(inspect.signature(diagnose).bind(*args, **named).arguments)
+        row = lambda method, epoch, degrees: {"method": method, "epoch": epoch, "own_target": True, "degrees": degrees}
+        angles = {"dfa": 80.0, "dkp": 70.0, "fdfa": fdfa}
+        found = [row(method, epoch, angle + 5 - epoch) for method, angle in angles.items() for epoch in range(7)]
+        rows = [{**one, "layer": f"layer{i}/linear"} for one in found for i in range(2)]
+        return {"rows": rows, "totals": [{**one, "mean_degrees": one["degrees"]} for one in found]}
+
+    diagnose = over_training.diagnose
+    monkeypatch.setattr(over_training, "diagnose", measured)
+    flags = [
+        "--epochs",
+        "6",
+        "--hidden",
+        "8",
+        "8",
+        "--train-images",
+        "256",
+        "--runs",
+        str(tmp_path / "runs"),
+        "--quiet",
+    ]
     assert command("figure7", tmp_path, *flags) == code
-    assert "epoch 1" not in capsys.readouterr().err
+    assert f"dfa 80.0, dkp 70.0, fdfa {fdfa}" in capsys.readouterr().out
+    assert (tmp_path / "results/bacho2023/figure7.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "results/bacho2023/figure7.json").exists()
+    one, how = asked["experiment"], asked["how"]
+    assert (one.epochs, one.model.hidden, one.model.batch_norm, len(asked["arrays"].train_images)) == (
+        6,
+        (8, 8),
+        True,
+        256,
+    )
+    assert (asked["methods"], how.epochs, how.draws, how.examples) == (("dfa", "dkp", "fdfa"), (*range(7),), 8, 64)
+    assert asked["out"] == tmp_path / "runs/bacho2023/figure7-6-epochs-hidden-8x8-train-images-256"

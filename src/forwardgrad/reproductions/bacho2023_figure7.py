@@ -73,7 +73,10 @@ def run(
     one.check()
     how = How(tuple(range(epochs + 1)), DRAWS, one.batch_size)
     arrays = load_arrays(one, data_dir, offline)
-    place = runs / "bacho2023" / f"figure7-{epochs}-epochs"
+    words = ["figure7", f"{epochs}-epochs"]
+    words += [f"hidden-{'x'.join(map(str, hidden))}"] if hidden != preset.model.hidden else []
+    words += [f"train-images-{train_images}"] if train_images else []
+    place = runs / "bacho2023" / "-".join(words)
     found = diagnose(one, METHODS, arrays, how, place, preset=PRESET, quiet=True, say=say)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "figure7.json", found)
