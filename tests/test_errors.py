@@ -153,7 +153,7 @@ CASES = {
     "shared, not kept apart": (lambda: estimate(insertion=fg.activations(shared="batch"), partition=("patch",)), "add 'batch' to the partition, or do not share it"),
     "guided and unbiased": (lambda: estimate(guess=ntk()), "use the projection or the sign rule, or make it the predictor"),
     "nothing to learn from": (lambda: jax.eval_shape(lambda: once(fg.Estimator(mixer(1), fg.local(), (fg.Part(None, fg.activations(), CELLS, predictor=learned_feedback()),)), *problem(1)).grads), "give the part a random guess, or use direct_feedback"),
-    "feedback rule": (lambda: recipes.dkp(mixer(1), rule="average"), "unknown feedback rule 'average': known: adam, sgd"),
+    "feedback rule": (lambda: recipes.dkp(mixer(1), rule="average"), "which are adam and sgd: choose one"),
     "feedback rank": (lambda: kolen_pollack(rank=0), "give a rank of at least 1, or None"),
     "Kolen-Pollack on weights": (lambda: predicted(fg.Estimator(mixer(1), fg.local(), (fg.Part(None, fg.weights(), CELLS, predictor=kolen_pollack()),))), "is a weight: use fg.activations"),
     "unknown activation": (lambda: taps.visited(lambda x: fg.tap(x, "z", ""), taps.replay({"zz": Named(jnp.ones(()), ())}))(1.0), "did you mean 'zz'"),

@@ -25,8 +25,11 @@ class Interrupted(RuntimeError):
         self.signum = signum
 
 
+FEW = 12  # names that a message lists although it knows near ones
+
+
 def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> InputError:
-    """The error for a name that does not exist, with the nearest names that do.
+    """The error for a name that does not exist, with the nearest names that do, and all of them where they are few.
 
     Args:
       kind: what was looked for, as a noun ("preset", "method").
@@ -39,5 +42,7 @@ def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> Input
     """
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    remedy = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}."
+    remedy = f"did you mean {' or '.join(map(repr, near))}?" if near else ""
+    if not near or len(near) < len(known) <= FEW:
+        remedy += f"{' Known' if near else 'known'}: {', '.join(known)}."
     return InputError(f"unknown {kind} {name!r}: {remedy}{' ' + hint if hint else ''}")

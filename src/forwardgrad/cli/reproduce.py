@@ -51,7 +51,9 @@ def run(argv: list[str]) -> int:
         cells = reproductions.find("ren2023:table3")
     else:
         raise InputError(f"forwardgrad reproduce needs a table, a column or a cell: {', '.join(tables)}.")
-    about = f"{ABOUT} Tables: {', '.join(tables)}."
+    about = (
+        f"{ABOUT} Tables: {', '.join(tables)}. Defaults are those of {cells[0].name}; name another cell to see its own."
+    )
     usage = "PAPER:TABLE[:COLUMN[:METHOD]]"
     jobs: list[tuple[Cell, Experiment[Any]]] = []
     options = Options()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from forwardgrad import descent, insertions, rules, targets
 from forwardgrad.engine import Estimator, Part
-from forwardgrad.errors import unknown
+from forwardgrad.errors import InputError
 from forwardgrad.guesses import feedback
 from forwardgrad.guesses.base import Guess
 from forwardgrad.guesses.given import masked
@@ -15,7 +15,9 @@ from forwardgrad.recipes.base import recipe
 
 def _optimiser(known: dict[str, descent.Optimiser], rule: str) -> descent.Optimiser:
     if rule not in known:
-        raise unknown("feedback rule", rule, known)
+        raise InputError(
+            f"feedback rule {rule!r} is not one of this method's, which are {' and '.join(known)}: choose one of them (--feedback-rule)."
+        )
     return known[rule]
 
 
