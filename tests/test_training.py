@@ -116,19 +116,26 @@ def test_a_run_killed_by_sigkill_resumes_to_the_same_bits(finished, tmp_path):
     assert steps == sorted(set(steps))
 
 
+@pytest.mark.quick_compile
 def test_running_statistics_are_resumed_to_the_same_bits_and_used_in_evaluation(tmp_path):
     """BatchNorm's, of a convolutional network."""
     experiment = dataclasses.replace(
-        SMALL, model=CNN(channels=(2, 2), kernel=3, units=4), method="dfa", mask=False, optimizer="adam", epochs=1
+        SMALL,
+        model=CNN(channels=(2, 2), kernel=3, units=4),
+        method="dfa",
+        mask=False,
+        optimizer="adam",
+        epochs=1,
+        train_images=512,
     )
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     arrays = loop.load_arrays(experiment, None, True)
     learner = Learner(experiment, arrays)
-    result = loop.train(experiment, whole, checkpoint_every=6, quiet=True, learner=learner)
+    result = loop.train(experiment, whole, checkpoint_every=2, quiet=True, learner=learner)
     shutil.copytree(whole, parted)
     (parted / "result.json").unlink()
-    shutil.rmtree(parted / "checkpoints" / "11")
-    loop.train(experiment, parted, checkpoint_every=6, quiet=True, learner=learner, resume=True)
+    shutil.rmtree(parted / "checkpoints" / "4")
+    loop.train(experiment, parted, checkpoint_every=2, quiet=True, learner=learner, resume=True)
     one, other = final_arrays(whole), final_arrays(parted)
     assert same(one, other) == []
     statistics = {name: x for name, x in one.items() if name.startswith("model_state/")}
