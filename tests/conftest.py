@@ -4,9 +4,14 @@ Everything else runs as users do.
 """
 
 import gc
+import os
 
 import jax
 import pytest
+
+# Tests run side by side, a process for each core, so that threads within one gain nothing; and the thread pool of XLA's CPU backend has been seen
+# to wait for ever, under load, in a computation of this suite (jaxlib 0.10.1). Read when JAX first computes.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
 
 
 def pytest_configure(config):
