@@ -81,7 +81,7 @@ REFUSALS = {
     "train --train-images 1500": "set --train-images from 1 to 1437, or to 0 for all",
     "train --train-images 31": "set --train-images to at least that",
     "train --losses patch": "'block+patch+group', 'block+patch'",
-    "reproduce": "needs a table, a column or a cell: ren2023:table3",
+    "reproduce": "needs a table, a column or a cell: bacho2023:table1",
     "reproduce ren2023": "begin with one of ren2023:table3",
     "reproduce ren2022:table3": "did you mean 'ren2023'",
     "reproduce ren2023:tabel3": "did you mean 'table3'",

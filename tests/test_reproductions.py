@@ -13,7 +13,7 @@ import pytest
 from toynets import distance, estimates, gradient, hadamard, mean, mixer, problem, setting
 
 import forwardgrad as fg
-from forwardgrad import reproductions
+from forwardgrad import presets, reproductions
 from forwardgrad.bias import bias
 from forwardgrad.cli.main import dispatch
 from forwardgrad.models.localmixer import LocalMixer
@@ -24,7 +24,6 @@ from forwardgrad.reproductions.cells import Cell, Printed, Table, expected, verd
 
 ROOT = Path(__file__).parents[1]
 TABLES = [(paper, name) for paper, tables in reproductions.papers().items() for name in tables]
-FIELDS = {f.name for kind in (Experiment, LocalMixer) for f in dataclasses.fields(kind)}
 
 
 # cells
@@ -45,7 +44,8 @@ def test_every_cell_is_an_experiment(paper, table):
     cells = reproductions.find(f"{paper}:{table}")
     assert len({cell.name for cell in cells}) == len(cells)
     for cell in cells:
-        assert set(cell.settings) <= FIELDS
+        start = presets.find(cell.preset)
+        assert set(cell.settings) <= {f.name for x in (start, start.model) for f in dataclasses.fields(x)}
         cell.experiment.check()
 
 

@@ -10,6 +10,7 @@ from toynets import mixer, problem, setting, two_steps
 
 import forwardgrad as fg
 from forwardgrad import streaming
+from forwardgrad.descent import sgd
 from forwardgrad.guesses.feedback import learned_feedback
 from forwardgrad.guesses.local import local_gradient
 from forwardgrad.guesses.ntk import ntk
@@ -38,7 +39,7 @@ METHODS = {
         partition=("batch",),
         rule=fg.rules.projection,
     ),
-    "learning predictor": lambda n: fg.wrappers.with_predictor(R.lg_fg_a(n), learned_feedback(0.5, mask=True)),
+    "learning predictor": lambda n: fg.wrappers.with_predictor(R.lg_fg_a(n), learned_feedback(sgd(0.5), mask=True)),
     "two parts": lambda n: dataclasses.replace(
         R.lg_fg_a(n),
         parts=(
@@ -119,7 +120,7 @@ def test_a_pattern_that_names_a_block_means_that_block():
 
 def test_pack_and_unpack_are_inverse():
     network, params, state, batch = setting(MODELS["mixer"])
-    method = fg.wrappers.with_predictor(R.lg_fg_a(network), learned_feedback(0.5, mask=True))
+    method = fg.wrappers.with_predictor(R.lg_fg_a(network), learned_feedback(sgd(0.5), mask=True))
     before = carry(method, params, state, batch)
     after = method.unpack(method.pack(before, batch), before.state)
     assert jax.tree.structure(before) == jax.tree.structure(after)

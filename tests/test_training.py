@@ -21,7 +21,6 @@ import forwardgrad as fg
 from forwardgrad import data, presets
 from forwardgrad.errors import Diverged, Interrupted
 from forwardgrad.models.cnn import CNN
-from forwardgrad.models.localmixer import LocalMixer
 from forwardgrad.training import loop, metrics
 from forwardgrad.training.checkpoint import Checkpoints
 from forwardgrad.training.learner import Learner
@@ -29,7 +28,7 @@ from forwardgrad.training.optimisers import optimiser, schedule
 
 SMALL = dataclasses.replace(
     presets.find("digits"),
-    model=LocalMixer(blocks=1, patches=2, channels=16, groups=2, init_cap=0.1),
+    model=dataclasses.replace(presets.find("digits").model, blocks=1, channels=16, groups=2, zero_classifier=False),
     epochs=2,
     batch_size=128,
 )

@@ -35,7 +35,8 @@ def find(name: str) -> tuple[Cell, ...]:
     known = papers()
     parts = name.split(":")
     if not 2 <= len(parts) <= 4:
-        listed = ", ".join(f"{paper}:{table}" for paper, tables in known.items() for table in tables)
+        meant = {parts[0]: known[parts[0]]} if parts[0] in known else known
+        listed = ", ".join(f"{paper}:{table}" for paper, tables in meant.items() for table in tables)
         raise InputError(f"{name!r} is no PAPER:TABLE[:COLUMN[:METHOD]]: begin with one of {listed}.")
     paper, table, *rest = parts
     if paper not in known:
