@@ -1,7 +1,8 @@
-"""Every method of Ren et al.'s Table 3 learns digits: 10 epochs, against mean + 3 standard deviations over five seeds of the same command.
+"""Every method of Ren et al.'s Table 3 learns digits: the test error after 10 epochs is where five seeds of the same command say it should be.
 
-`MEASURED` is from `forwardgrad compare digits --methods METHODS --epochs 10 --seeds 5 --out DIR` on two cores of an AMD EPYC; another
-processor, and compilation with little optimisation, round differently.
+`MEASURED` is from `forwardgrad compare digits --methods METHODS --epochs 10 --seeds 5 --out DIR` on two cores of an AMD EPYC. Other processors and
+other compilation round differently, which after a few steps is another run. One more run lies within what three standard deviations would be if
+they were known: by five values alone, t(0.99865; 4) √(1 + 1/5) = 7.25 of the measured ones. (Over 60 epochs: the README's table.)
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from forwardgrad.reproductions.ren2023 import METHODS
 from forwardgrad.training.learner import Learner
 from forwardgrad.training.loop import load_arrays
 
+FAR = 7.25  # standard deviations
 # test error in percent: mean, standard deviation
 MEASURED = {
     "bp": (2.0, 0.6),
@@ -38,5 +40,5 @@ def test_the_error_on_digits(method):
     for _ in range(experiment.epochs):
         state, _ = learner.run(state, learner.steps_per_epoch)
     error, (mean, deviation) = learner.error(state, "test"), MEASURED[method]
-    print(f"{method}: {error:.2f} %, at most {mean + 3 * deviation:.2f} %")
-    assert error <= mean + 3 * deviation
+    print(f"{method}: {error:.2f} %, at most {mean + FAR * deviation:.2f} %")
+    assert error <= mean + FAR * deviation
