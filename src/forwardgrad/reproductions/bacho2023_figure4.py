@@ -33,10 +33,10 @@ import forwardgrad as fg
 from forwardgrad.guesses.feedback import Learned
 from forwardgrad.presets.bacho_mnist_fc import preset
 from forwardgrad.reproductions import measured
+from forwardgrad.reproductions.against_theory import ERRORS, SHARE, agrees, exponent
 from forwardgrad.training.metrics import write_json
 from forwardgrad.training.pictures import picture
 
-ERRORS = 3  # standard errors that a point may be off
 KINDS = ("given the previous B", "at rest")
 SMALL = 0.1
 LAYER = ("layer0", "layers", "linear", "kernel")
@@ -150,8 +150,7 @@ def rows(known: Problem, alphas: dict[str, Sequence[float]], samples: int) -> li
 def slope(found: list[dict[str, Any]], kind: str) -> float:
     """Of log variance against log α, by linear regression; at rest where α is small, since the power law holds in the limit."""
     mine = [row for row in found if row["kind"] == kind and (kind == KINDS[0] or row["alpha"] <= SMALL)]
-    x, y = (np.log([row[key] for row in mine]) for key in ("alpha", "measured"))
-    return float(np.polyfit(x, y, 1)[0])
+    return exponent(mine, "alpha")
 
 
 ALPHAS = {KINDS[0]: (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0), KINDS[1]: (1e-2, 3e-2, 1e-1, 3e-1, 1.0)}
@@ -195,10 +194,10 @@ def run(
     write_json(out / "figure4.json", found)
     slopes = {kind: slope(found, kind) for kind in alphas}
     draw(out / "figure4.png", found, slopes)
-    within = sum(abs(row["measured"] - row["theory"]) <= ERRORS * row["standard_error"] for row in found)
+    within = sum(map(agrees, found))
     said = ", ".join(f"{value:.3f} {kind}" for kind, value in slopes.items())
     return {
-        "passes": abs(slopes[KINDS[0]] - 2) <= 0.05 and within >= 0.95 * len(found) - 1e-9,
+        "passes": abs(slopes[KINDS[0]] - 2) <= 0.05 and within >= SHARE * len(found),
         "said": f"slope of log variance against log α: {said}; {within} of {len(found)} points are within {ERRORS} standard errors of the theory "
         f"({time.monotonic() - begin:.0f} s)",
         "slopes": slopes,

@@ -35,12 +35,11 @@ import numpy as np
 import forwardgrad as fg
 from forwardgrad.presets.bacho_mnist_fc import preset
 from forwardgrad.reproductions import measured
+from forwardgrad.reproductions.against_theory import ERRORS, SHARE, agrees, exponent
 from forwardgrad.reproductions.bacho2023_figure4 import kernel
 from forwardgrad.training.metrics import write_json
 from forwardgrad.training.pictures import picture
 
-ERRORS = 3  # standard errors that a point may be off
-SHARE = 0.95  # of the points must not be
 OUTPUT = 0.01  # standard deviation of the output weights
 LABELS = {"fg-w": "FG-W", "fg-a": "FG-A"}
 AXES = {"neurons": "neurons n1 (n0 = {})", "inputs": "inputs n0 (n1 = {})"}
@@ -163,8 +162,7 @@ def rows(
 def slope(found: list[dict[str, Any]], sweep: str, method: str) -> float:
     """Of log variance against the log of the number that is swept, by linear regression."""
     mine = [row for row in found if (row["sweep"], row["method"]) == (sweep, method)]
-    x, y = (np.log([row[key] for row in mine]) for key in (sweep, "measured"))
-    return float(np.polyfit(x, y, 1)[0])
+    return exponent(mine, sweep)
 
 
 def run(
@@ -199,7 +197,7 @@ def run(
     write_json(out / "figure5.json", found)
     slopes = {sweep: {name: slope(found, sweep, name) for name in LABELS} for sweep in sweeps}
     draw(out / "figure5.png", found, slopes)
-    within = sum(abs(row["measured"] - row["theory"]) <= ERRORS * row["standard_error"] for row in found)
+    within = sum(map(agrees, found))
     fitted = "; ".join(
         f"in {sweep} " + ", ".join(f"{LABELS[name]} {value:.2f}" for name, value in its.items())
         for sweep, its in slopes.items()

@@ -34,7 +34,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import forwardgrad as fg
-from forwardgrad.reproductions.ren2023_figure8_pictures import ERRORS, draw, draw_terms
+from forwardgrad.reproductions.against_theory import ERRORS, SHARE, agrees
+from forwardgrad.reproductions.ren2023_figure8_pictures import draw, draw_terms
 from forwardgrad.reproductions.ren2023_table1 import ESTIMATES, Estimate, backpropagation, terms
 from forwardgrad.training.metrics import write_json
 
@@ -45,7 +46,6 @@ SWEEPS = {
     "fan-in": (1, 4, 16, 64, 256),
     "fan-out": (1, 4, 16, 64, 256),
 }
-SHARE = 0.95  # of the points must be within that many standard errors
 AT_ONCE = 2**20  # displaced numbers
 QUICKLY = {"xla_backend_optimization_level": 1}  # most of the time is compilation
 
@@ -160,11 +160,6 @@ def rows(sweeps: dict[str, Sequence[int]], samples: int, say: Callable[[str], No
                     },
                 }
             say(f"{sweep} {value}: {time.monotonic() - begin:.1f} s")
-
-
-def agrees(point: dict[str, Any]) -> bool:
-    """Measurement and theory differ by no more than three standard errors, or by rounding."""
-    return abs(point["measured"] - point["theory"]) <= ERRORS * point["standard_error"] + 1e-6 * point["theory"]
 
 
 def run(

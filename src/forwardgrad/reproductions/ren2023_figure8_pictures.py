@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from forwardgrad.reproductions.against_theory import ERRORS
 from forwardgrad.reproductions.ren2023_table1 import ESTIMATES
 from forwardgrad.training.pictures import picture
 
-ERRORS = 3  # standard errors: the length of error bars, and what a point may be off
 LABELS = {name: estimate.label for name, estimate in ESTIMATES.items()} | {"backpropagation": "backpropagation"}
 AXES = {"batch size": "batch size N (p = q = 4)", "fan-in": "fan-in p (N = q = 4)", "fan-out": "fan-out q (N = p = 4)"}
 
