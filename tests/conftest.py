@@ -5,6 +5,8 @@ Everything else runs as users do.
 
 import gc
 import os
+import shutil
+import tempfile
 
 import jax
 import pytest
@@ -14,13 +16,28 @@ import pytest
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
 
 
+# Compilation is most of what this suite costs: what takes long is compiled once for all tests, their processes and the commands they run.
+FOLDER = "JAX_COMPILATION_CACHE_DIR"
+CACHE = {"jax_persistent_cache_min_compile_time_secs": 0.2, "jax_persistent_cache_min_entry_size_bytes": -1}
+
+
 def pytest_configure(config):
+    if FOLDER not in os.environ:  # in the first process; the others inherit it
+        config.compiled = os.environ[FOLDER] = tempfile.mkdtemp(prefix="forwardgrad-tests-")
+    for name, value in {FOLDER.lower(): os.environ[FOLDER], **CACHE}.items():
+        os.environ[name.upper()] = str(value)  # for commands
+        jax.config.update(name, value)
     config.addinivalue_line(
         "markers", "float64: run in double precision (identities to 1e-10), with little optimisation"
     )
     config.addinivalue_line(
         "markers", "quick_compile: run with little optimisation (what is tested takes no time to run)"
     )
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "compiled"):
+        shutil.rmtree(config.compiled, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True, scope="module")
