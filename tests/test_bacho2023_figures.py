@@ -129,6 +129,17 @@ def files(out, summary):
     return json.loads((out / summary["files"][0]).read_text())
 
 
+def test_what_figure_6_makes_of_its_points():
+    keys = ("method", "sigma", "variance", "train_loss")
+    point = lambda method, sigma, variance, loss: dict(zip(keys, (method, sigma, variance, loss), strict=True))
+    noisy = [point("bp", 1.0, 1.0, 0.5), point("bp", 10.0, 100.0, 2.0)]
+    found = [point("bp", 0.0, 0.0, 0.1), *noisy, point("fg-w", 0.0, 10.0, 1.0), point("fdfa", 0.0, 1e-3, 1.0)]
+    # half way between 1 and 100 on the logarithmic axis, and below all of them
+    assert bacho2023_figure6.off_the_line(found) == pytest.approx({"fg-w": 1.0 / 1.25, "fdfa": 1.0 / 0.5})
+    assert bacho2023_figure6.ranks(found[:3]) == pytest.approx(1.0)
+    assert bacho2023_figure6.ranks([*noisy, point("fdfa", 0.0, 1e-3, 3.0)]) == pytest.approx(-0.5)
+
+
 def command(figure, tmp_path, *flags):
     return dispatch(["reproduce", f"bacho2023:{figure}", "--results", str(tmp_path / "results"), *flags])
 
@@ -150,10 +161,10 @@ def test_figure_4_in_miniature(tmp_path, on_digits, capsys):
 def test_figure_5_in_miniature(tmp_path, on_digits, monkeypatch):
     monkeypatch.setattr(bacho2023_figure5, "LABELS", {"fg-a": "FG-A"})
     said = []
-    summary = bacho2023_figure5.run(tmp_path, images=3, samples=400, sweeps={"neurons": (4, 16)}, say=said.append)
+    summary = bacho2023_figure5.run(tmp_path, images=3, samples=400, sweeps={"neurons": (16, 64)}, say=said.append)
     rows = files(tmp_path, summary)
     assert summary["passes"]
-    assert [(row["neurons"], row["inputs"], row["method"]) for row in rows] == [(n, 64, "fg-a") for n in (4, 16)]
+    assert [(row["neurons"], row["inputs"], row["method"]) for row in rows] == [(n, 64, "fg-a") for n in (16, 64)]
     assert len(said) == 2
     assert all(0 < row["standard_error"] < row["theory"] for row in rows)
 

@@ -67,6 +67,46 @@ def test_parameter_counts_of_table_b5(shape, units, expected):
     assert sizes(MLP(hidden=(units,) * 3), shape)[0] == expected[2] + 2 * (units + 1) * 10
 
 
+OUTPUTS = {  # models whose output may be a layer, without their heads
+    name: (dataclasses.replace(TINY[name][0], local_heads=False), TINY[name][1]) for name in ("mlp", "cnn", "alexnet")
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_an_output_layer_is_the_readout_and_can_be_displaced(name):
+    model, shape = OUTPUTS[name]
+    network, params, state, batch = setting(model, shape)
+    params = moved(params)
+    other = dataclasses.replace(model, output="layer").network(shape, CLASSES)
+    last = network.blocks[-1].name
+
+    def split(tree):
+        """Parameters of the one network as those of the other."""
+        output = {"layers": {"linear": tree[last]["readout"]}, "readout": ()}
+        return {**tree, last: {**tree[last], "readout": ()}, "output": output}
+
+    drawn, empty = jax.eval_shape(other.init, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, split(params)) == jax.tree.map(jnp.shape, drawn)
+    state_of_other = {**state, "output": empty["output"]}
+    exact = jax.jit(lambda: fg.recipes.bp(network).estimate(jax.random.key(0), (), params, state, batch)[0])()
+    same = jax.jit(
+        lambda: fg.recipes.bp(other).estimate(jax.random.key(0), (), split(params), state_of_other, batch)[0]
+    )()
+    assert float(jnp.abs(exact.loss - same.loss)) < 1e-13
+    assert distance(split(exact.grads), same.grads) < 1e-13
+
+    def sites(build):
+        method = build(other)
+        return method.initial_state(jax.random.key(0), split(params), state_of_other, batch), method
+
+    found = {}
+    for build in (fg.recipes.fg_w, fg.recipes.fg_a):
+        method_state, method = sites(build)
+        estimate = jax.jit(method.estimate)(jax.random.key(1), method_state, split(params), state_of_other, batch)[0]
+        found[method.name] = distance(estimate.grads["output"], same.grads["output"])
+    assert min(found.values()) > 1e-3, "an estimate, not the exact gradient"
+
+
 def test_parameter_counts_of_convolutional_networks():
     # 15C5-40C5-P2-128-10: what it flattens is 4000 long on 28 pixels, 5760 on 32; as written, 640
     dense = lambda inputs: inputs * 128 + 128 + 129 * 10
@@ -353,7 +393,13 @@ def test_the_presets_are_the_published_protocol(name):
     assert (preset.optimizer, preset.lr, preset.schedule, preset.decay) == ("adam", 1e-4, "exponential", 0.95)
     assert (preset.batch_size, preset.epochs, preset.pixels, preset.weight_decay) == (64, 100, "symmetric", 0)
     assert (preset.flip, preset.crop, preset.mask) == (False, 0, False)
-    assert preset.model.init == "torch"
+    assert (preset.model.init, preset.model.output) == ("torch", "readout")
+    widths = {"bacho-mnist-fc": (800,) * 4, "bacho-fashion-mnist-fc": (800,), "bacho-cifar10-fc": (1000,)}
+    assert getattr(preset.model, "hidden", None) == widths.get(name)
+    assert preset.model.batch_norm == ("all" if isinstance(preset.model, AlexNet) else True)
+    assert getattr(preset.model, "resize", None) == {"bacho-cifar100-alexnet": 224, "bacho-cifar10-alexnet": 0}.get(
+        name, 224 if isinstance(preset.model, AlexNet) else None
+    )
     about = fg.data.find(preset.dataset)
     params, _ = jax.eval_shape(preset.model.network(about.shape, about.classes).init, jax.random.key(0))
     assert (

@@ -72,6 +72,37 @@ def test_ranges():
     assert high - 2.55 == pytest.approx(2.55 - low)
     assert high - 2.55 == pytest.approx(300 * math.sqrt(0.0255 * 0.9745 / 1e4))
     assert verdict(3.0, None) is None
+    assert expected(Printed(50.0, 0.0, "", spread=1.2)) == pytest.approx((46.1, 53.9))  # 3 x 1.3
+
+
+def test_cells_of_bacho_and_chu():
+    """Their numbers, and what differs from method to method."""
+    tables = ("table1", "table2", "table3", "tableB6")
+    cell = {c.name.removeprefix("bacho2023:"): c for t in tables for c in reproductions.find(f"bacho2023:{t}")}
+    printed = {
+        "table1:bacho-mnist-fc:fg-a": (16.60, 1.33),
+        "table1:bacho-cifar10-fc:lg-fg-a": (65.44, 0.34),
+        "tableB6:bacho-fashion-mnist-fc-2-layers:fdfa": (10.73, 0.07),
+        "tableB6:bacho-mnist-fc-3-layers:dkp": (1.72, 0.06),
+        "table2:cifar10:lg-fg-a": (62.26, 2.41),
+        "table3:bacho-tiny-imagenet-alexnet:bp": (59.45, 0.31),
+    }
+    assert {name: (cell[name].printed.test, cell[name].printed.spread) for name in printed} == printed
+    for one in cell.values():
+        run, model = one.experiment, one.experiment.model
+        assert (run.guess, run.lr, run.epochs) == ("gaussian", 1e-4, 100)
+        assert model.output == ("layer" if one.row == "fg-w" else "readout")
+        if one.table != "table3":
+            assert model.batch_norm == (one.row in ("bp", "dfa", "dkp", "fdfa"))
+    norms = {c.row: c.experiment.model.batch_norm for c in cell.values() if c.table == "table3"}
+    assert norms == dict.fromkeys(("bp", "dfa", "dkp", "fdfa"), "all") | {
+        "fg-w": "convolutions",
+        "fg-a": "none",
+        "lg-fg-a": "none",
+    }
+    units = {c.column: c.experiment.model.hidden for c in cell.values() if c.table in ("table1", "tableB6")}
+    assert units["bacho-mnist-fc"] == units["bacho-fashion-mnist-fc-4-layers"] == (800, 800, 800)
+    assert units["bacho-cifar10-fc-2-layers"] == (1000,)
 
 
 # runs

@@ -178,7 +178,9 @@ def mean(tree):
 def distance(a, b):
     """Largest absolute difference between two pytrees of one structure."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    return max(float(jnp.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    pairs = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    assert all(jnp.shape(x) == jnp.shape(y) for x, y in pairs)
+    return float(np.max([jnp.abs(x - y).max() for x, y in pairs]))  # not Python's max, which passes over NaN
 
 
 def flat(tree):

@@ -20,9 +20,9 @@ from forwardgrad.reproductions.cells import Cell, expected
 MADE = "made.json"  # in a run's directory: what it was made on and by
 ABOUT = (
     "Run PAPER:TABLE[:COLUMN[:METHOD]], one cell or every cell that begins so, and compare the test error with the paper's: in range within the "
-    "larger of 0.3 points and three standard errors on the test images, else better or worse. The exit code is 1 where a run is worse or "
-    "diverges. The range is that of the paper's whole length: a shortened run (fewer --epochs, or --train-images) is marked so, and never fails. "
-    "Repeating the command goes on where it stopped and keeps what is finished."
+    "larger of 0.3 points and three standard deviations on the test images and over the paper's runs, else better or worse. The exit code is 1 "
+    "where a run is worse or diverges. The range is that of the paper's whole length: a shortened run (fewer --epochs, or --train-images) is "
+    "marked so, and never fails. Repeating the command goes on where it stopped and keeps what is finished."
 )
 
 

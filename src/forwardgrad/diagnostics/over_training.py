@@ -67,9 +67,9 @@ def diagnose(
 
 
 def mean_degrees(totals: Iterable[dict[str, Any]], method: str, epoch: int) -> float | None:
-    """Angle to the gradient of the method's own target, on average over layers; `None` where there is no gradient."""
-    (row,) = [r for r in totals if (r["method"], r["epoch"], r["own_target"]) == (method, epoch, True)]
-    return row["mean_degrees"]
+    """Angle to the gradient of the method's own target, on average over layers; `None` where there is no gradient, or training ended before."""
+    rows = [r for r in totals if (r["method"], r["epoch"], r["own_target"]) == (method, epoch, True)]
+    return rows[0]["mean_degrees"] if rows else None
 
 
 def _refuse(one: Experiment[Any], arrays: Any) -> None:

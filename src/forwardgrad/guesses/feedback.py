@@ -37,7 +37,7 @@ def _refuse_rank(rank: int | None) -> None:
 
 
 def direct_feedback(*, mask: bool = False, per_cell: tuple[str, ...] = (), rank: int | None = None) -> Guess:
-    """p_l = e B_l with fixed random B_l ~ U(±√(6/n_l)) (Nøkland 2016).
+    """p_l = e B_l with fixed random B_l (Nøkland 2016), drawn U(±√(6/n_l)) as by Bacho & Chu (2023).
 
     e is the exact error at the scope's outputs, [batch, class]; B_l has the axes class x the site's own, one entry per unit (convolutional units
     share none). n_l is the number of units per example. As a predictor of a random guess it leaves the estimate unbiased, as any predictor. State:
@@ -122,9 +122,9 @@ def learned_feedback(
 
     B_l descends ½|B_l - S_l|², S_l = Σ_b w_b d_b ⊗ u_b, with d the tangent of the outputs along the part's directions u at all layers, w the example
     weights, which sum to one: the gradient is B_l - S_l. By SGD at the rate α this is B_l <- (1 - α) B_l + α S_l, the moving average of Eq. 8. For
-    E[u uᵀ] = I the mean of S_l, and the expected update's fixed point, is the mean Jacobian J_l of the outputs with respect to the site. Given B, the
-    moving average's new B has α² times the variance of S (Proposition 2); at rest, with nothing else moving, α / (2 - α) times. S is one matrix
-    product over examples and draws.
+    E[u uᵀ] = I the mean of S_l is the mean Jacobian J_l of the outputs with respect to the site, and so is the fixed point of the expected moving
+    average (near it Adam's, whose steps are no linear function of B - S, where S is skewed). Given B, the moving average's new B has α² times the
+    variance of S (Proposition 2); at rest, with nothing else moving, α / (2 - α) times. S is one matrix product over examples and draws.
 
     With a rank, B_l = Q_l P_l, and both factors descend the same ½|Q P - S|²: their gradients are Q P Pᵀ - Σ w d ⊗ (P u) and
     Qᵀ Q P - Σ w (Qᵀ d) ⊗ u, without S. Q starts at zero, P ~ N(0, 1/n_l): in expectation what Q learns at first is J Pᵀ.

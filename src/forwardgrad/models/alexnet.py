@@ -9,9 +9,10 @@
 | conv4 | 3 x 3, padding 1, 256; pooled | 13, 6 | 7, 3 |
 | dense0, dense1 | 4096 units each | | |
 
-Pooling takes the largest of 3 x 3, stride 2. Smaller images have another first convolution, and nothing else: 5 x 5 with padding 2, stride 2 from
-48 pixels on (as adaptations to Tiny ImageNet commonly have it), stride 1 below. Both leave maps of 32 x 32, so that one network, with one
-number of parameters, serves 64 and 32 pixels; 11 x 11 with stride 4 would leave 2 x 2 of CIFAR's images before the last pooling.
+Pooling takes the largest of 3 x 3, stride 2. Smaller images have another first convolution, and nothing else: 5 x 5 with padding 2, stride 2 from 48
+pixels on (as adaptations to Tiny ImageNet commonly have it), stride 1 below. Both leave maps of 32 x 32, so that one network, with one number of
+parameters, serves 64 and 32 pixels; 11 x 11 with stride 4 would leave a single place of CIFAR's images before the last pooling, which then has
+nothing to look at.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from forwardgrad.models.layers import (
     Layer,
     Window,
     weight_axes,
+    with_output,
 )
 from forwardgrad.network import Block, Network
 
@@ -61,6 +63,8 @@ class AlexNet:
     local_heads: bool = True
     """readouts of the layers below the last, for methods with local losses; the others leave them as they are. With 100 classes and 224 pixels
     they are 20 million weights"""
+    output: heads.Output = "readout"
+    """the output layer: a readout, exact with every method, or a layer that is displaced as the others are"""
 
     def network(self, shape: tuple[int, ...], classes: int) -> Network:
         """The network for images [batch, *shape], shape (height, width, colours).
@@ -80,7 +84,7 @@ class AlexNet:
         height, width, inputs = (self.resize, self.resize, shape[2]) if self.resize else shape
         if min(height, width) < SMALLEST:
             raise InputError(
-                f"images of {height} x {width} pixels are too small for AlexNet, which halves them four times: scale them up with --resize 32."
+                f"images of {height} x {width} pixels are too small for AlexNet, which leaves nothing of them: scale them up with --resize 32."
             )
         small = Window(3, 1, 1)
         windows = (_first(min(height, width)), Window(5, 1, 2), small, small, small)
@@ -109,7 +113,7 @@ class AlexNet:
             last = i == len(self.units) - 1
             blocks.append(self._block(f"dense{i}", make, DENSE, units_normed, (units, classes), last))
             inputs = units
-        return Network(tuple(blocks))
+        return with_output(blocks, self.output, inputs, classes, self._initial, self.local_heads)
 
     @property
     def _initial(self) -> initial.Initial:
@@ -124,7 +128,9 @@ class AlexNet:
         sizes: tuple[int, int],
         last: bool = False,
     ) -> Block:
-        readout = heads.linear(*sizes, self._initial.readout, self._initial.bias) if self.local_heads or last else None
+        readout = (
+            heads.linear(*sizes, self._initial.readout, self._initial.bias) if self.local_heads and not last else None
+        )
         return flax_nnx.block(name, make, readout=readout, weights=weight_axes(axes, normed))
 
 

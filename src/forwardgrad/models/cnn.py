@@ -17,6 +17,7 @@ from forwardgrad.models.layers import (
     Layer,
     Window,
     weight_axes,
+    with_output,
 )
 from forwardgrad.network import Network
 
@@ -25,7 +26,8 @@ from forwardgrad.network import Network
 class CNN:
     """Convolutions without padding, the last one pooled, one fully connected layer; activations are displaced after each ReLU.
 
-    By default what the code released with Bacho & Chu (2023) trains, 15C5-40C5-P2-128. Their paper writes 15C5-P2-40C5-P2-128: `pool_all`.
+    By default the layers of the code released with Bacho & Chu (2023), 15C5-40C5-P2-128, whose `init` is `torch`. Their paper writes
+    15C5-P2-40C5-P2-128: `pool_all`.
     """
 
     channels: tuple[int, ...] = (15, 40)
@@ -42,6 +44,8 @@ class CNN:
     """initial weights: normal with biases at zero (he), U(±√(6/fan-in)) with biases at zero, or U(±1/√fan-in), biases and all (torch)"""
     local_heads: bool = True
     """readouts of the layers below the last, for methods with local losses; the others leave them as they are"""
+    output: heads.Output = "readout"
+    """the output layer: a readout, exact with every method, or a layer that is displaced as the others are"""
 
     def network(self, shape: tuple[int, ...], classes: int) -> Network:
         """The network for images [batch, *shape], shape (height, width, colours).
@@ -94,7 +98,6 @@ class CNN:
             lambda rngs: Layer(
                 Dense(features, self.units, starts, rngs), self.units, UNITS, rngs, batch_norm=self.batch_norm
             ),
-            readout=heads.linear(self.units, classes, starts.readout, starts.bias),
             weights=weight_axes(DENSE, self.batch_norm),
         )
-        return Network((*blocks, dense))
+        return with_output((*blocks, dense), self.output, self.units, classes, starts, self.local_heads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,10 @@ from forwardgrad.named import Named
 from forwardgrad.network import Readout
 
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+
+# Where a network ends: in a readout, whose gradient every method has exactly, or in a layer that methods estimate as any other, with a readout
+# that only compares
+Output = Literal["readout", "layer"]
 
 
 def _linear_init(
@@ -42,6 +46,11 @@ def linear(features: int, classes: int, init: Initializer, bias: Callable[[int],
         return Named(product(h, params["kernel"]) + params["bias"], ("batch", "class"))
 
     return Readout(outputs, cross_entropy, init=_linear_init(features, classes, init, bias))
+
+
+def comparison() -> Readout:
+    """Cross-entropy per example of what the block gives, [batch, class]; no parameters."""
+    return Readout(lambda params, h: Named(h, ("batch", "class")), cross_entropy)
 
 
 def replicated(features: int, classes: int, init: Initializer) -> Readout:

@@ -10,9 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from forwardgrad.adapters import flax_nnx
 from forwardgrad.losses.products import product
+from forwardgrad.models import heads
 from forwardgrad.models.convolutions import convolve
 from forwardgrad.models.initial import Initial
+from forwardgrad.network import Block, Network
 from forwardgrad.taps import tap
 
 ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh}
@@ -74,6 +77,38 @@ class Layer(nnx.Module):
         return tap(h, "output", self.axes) if self.tapped == "pooled" else h
 
 
+class Output(nnx.Module):
+    """The output layer as one that methods may displace: linear map and tap "output"."""
+
+    def __init__(self, inputs: int, classes: int, initial: Initial, rngs: nnx.Rngs):
+        self.linear = Dense(inputs, classes, initial._replace(kernel=initial.readout), rngs)
+
+    def __call__(self, h: jax.Array) -> jax.Array:
+        return tap(self.linear(h), "output", "batch class")
+
+
+def with_output(
+    blocks: Sequence[Block], end: heads.Output, features: int, classes: int, initial: Initial, local_heads: bool
+) -> Network:
+    """Blocks of layers and the end of the network on [batch, features]: a readout on the last of them, or a block "output" of its own.
+
+    Args:
+      blocks: the last has no readout yet.
+      local_heads: where the output is a layer, whether the last of the others has a readout too.
+    """
+    head = heads.linear(features, classes, initial.readout, initial.bias)
+    last = blocks[-1]
+    if end == "readout":
+        return Network((*blocks[:-1], last._replace(readout=head)))
+    output = flax_nnx.block(
+        "output",
+        lambda rngs: Output(features, classes, initial, rngs),
+        readout=heads.comparison(),
+        weights={"linear/kernel": ("in", "class"), "linear/bias": ("class",)},
+    )
+    return Network((*blocks[:-1], last._replace(readout=head) if local_heads else last, output))
+
+
 def _product(x: jax.Array, kernel: jax.Array, *_, **__) -> jax.Array:
     return product(x, kernel)
 
@@ -111,7 +146,9 @@ class Convolution(nnx.Module):
 def max_pool(h: jax.Array, window: Window) -> jax.Array:
     """Largest of each window of [batch, height, width, channel], without padding; what no whole window covers is left out.
 
-    Units of a window that are equal share its derivative. After a ReLU they are units that are off, whose derivative is zero anyway.
+    Units of a window that are equal share its derivative, unevenly (`jnp.maximum` halves it at each tie); PyTorch gives all of it to one of them.
+    After a ReLU they are units that are off: no weight's gradient depends on which, but where the tap stands between ReLU and pooling, what those
+    units are displaced by enters a tangent with another weight.
     """
     height, width = (window.stride * (n - 1) + 1 for n in window.sides(*h.shape[1:3]))
     shifts = [

@@ -10,7 +10,7 @@ from typing import Literal
 from forwardgrad.adapters import flax_nnx
 from forwardgrad.errors import InputError
 from forwardgrad.models import heads, initial
-from forwardgrad.models.layers import ACTIVATIONS, DENSE, UNITS, Dense, Layer, weight_axes
+from forwardgrad.models.layers import ACTIVATIONS, DENSE, UNITS, Dense, Layer, weight_axes, with_output
 from forwardgrad.network import Network
 
 
@@ -30,6 +30,8 @@ class MLP:
     """initial weights: normal with biases at zero (he), U(±√(6/fan-in)) with biases at zero, or U(±1/√fan-in), biases and all (torch)"""
     local_heads: bool = True
     """readouts of the layers below the last, for methods with local losses; the others leave them as they are"""
+    output: heads.Output = "readout"
+    """the output layer: a readout, exact with every method, or a layer that is displaced as the others are"""
 
     def network(self, shape: tuple[int, ...], classes: int) -> Network:
         """The network for inputs [batch, *shape].
@@ -57,8 +59,8 @@ class MLP:
                 tapped=self.taps,
             )
             last = i == len(self.hidden) - 1
-            readout = self.local_heads or last
-            again = i and inputs == units and (self.local_heads or not last)
+            readout = self.local_heads and not last
+            again = i and inputs == units and (self.local_heads or self.output == "layer" or not last)
             blocks.append(
                 flax_nnx.block(
                     f"layer{i}",
@@ -68,4 +70,4 @@ class MLP:
                     code=("layer", self, units, classes) if again else None,
                 )
             )
-        return Network(tuple(blocks))
+        return with_output(blocks, self.output, sizes[-1], classes, starts, self.local_heads)

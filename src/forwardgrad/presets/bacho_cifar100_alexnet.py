@@ -3,9 +3,9 @@
 Batch 64, pixels in [-1, 1], images scaled to 224 pixels as in the released code (the paper is silent; --resize 0: 32 pixels). No augmentation, as
 the paper says; the released code crops at random scales and flips. Initial weights are PyTorch's, as in the code.
 
-BatchNorm after every layer, as in the code that the published cells of `bp`, `dfa`, `dkp` and `fdfa` come from; the paper names the convolutions
-alone (--batch-norm convolutions). No code of `fg-w`, `fg-a` and `lg-fg-a` was released for AlexNet; with --batch-norm none they are unbiased, and
-`lg-fg-a` needs --local-heads.
+BatchNorm after every layer, as in the code (whose example for AlexNet has batches of 128); the paper names the convolutions alone
+(--batch-norm convolutions). Network from the code and no augmentation from the paper is a mixture that neither may have run. No code of `fg-w`,
+`fg-a` and `lg-fg-a` was released for AlexNet; the latter two are unbiased with --batch-norm none, and `lg-fg-a` needs --local-heads.
 """
 
 import dataclasses

@@ -5,8 +5,8 @@ Batch 64, pixels in [-1, 1], no augmentation. Fashion-MNIST and CIFAR-10, the ta
 
 The network is the released code's, 15C5-40C5-P2-128-10 with BatchNorm after every hidden layer and PyTorch's initial weights; activations are
 displaced after the ReLU and before the pooling. The paper writes 15C5-P2-40C5-P2-128-10, without BatchNorm and with uniform Kaiming weights:
---pool-all --no-batch-norm --init kaiming-uniform. The published cells of `bp`, `dfa`, `dkp` and `fdfa` come from that code, with BatchNorm. No code
-of `fg-w`, `fg-a` and `lg-fg-a` was released for this network: run them with --no-batch-norm, where they are unbiased.
+--pool-all --no-batch-norm --init kaiming-uniform. The published cells of `bp`, `dfa`, `dkp` and `fdfa` presumably come from that code, with
+BatchNorm. No code of `fg-w`, `fg-a` and `lg-fg-a` was released for this network: run them with --no-batch-norm, where they are unbiased.
 """
 
 import dataclasses

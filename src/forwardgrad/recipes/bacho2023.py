@@ -38,8 +38,9 @@ def dkp(
     """Direct Kolen-Pollack: `dfa` whose matrices learn like output weights, B_l along eᵀ y_l, y_l the layer's output (Webster et al. 2021).
 
     From B = 0, so that hidden layers first move in the second step. The weights move by e B with the B before its update. Biased, with less bias the
-    better B aligns; the last hidden layer's B tends to the output weights where both decay. Cost: 2 passes, and one matrix product [classes, units]
-    per layer. Memory: as `dfa`, three times that with Adam.
+    better B aligns; the last hidden layer's B tends to the output weights where both move by one rule at one rate and decay alike (the presets'
+    rate of the weights falls, that of B does not). Cost: as `dfa`, and one more such product per layer. Memory: as `dfa`, with Adam three times
+    its matrices.
 
     Args:
       rule: what moves B: `adam` (0.9, 0.999, 1e-8), with which Bacho & Chu (2023) measured it, or `sgd`.
@@ -73,8 +74,8 @@ def fdfa(
 
     One tangent pass with directions u at all layers gives the tangent d of the outputs; B_l moves along B_l - mean_b d ⊗ u_l, from B = 0.
     E[d ⊗ u_l] is the mean Jacobian of the outputs. The weights move by e B with the B before the update, so that hidden layers first move in the
-    second step. Biased, with less bias the better B is. Cost: K + 2 passes, and one matrix product [classes, units] per layer. Memory: as `dfa`,
-    three times that with Adam, and all directions.
+    second step. Biased, with less bias the better B is. Algorithm 1 updates B first. Cost: as `dfa`, K passes and one more product
+    [N K, classes, units] per layer. Memory: as `dfa`, with Adam three times its matrices, and all directions.
 
     Args:
       rule: what moves B. `adam` (0.9, 0.999, 1e-8) is what the paper's experiments use; `average` is its Eq. 8, B <- (1 - α) B + α d ⊗ u (with the
@@ -104,7 +105,7 @@ def fg_a_fdfa(
     feedback_rank: int = 0,
     mask: bool = False,
 ) -> Estimator:
-    """`fg-a` with the feedback of `fdfa` as a control variate: ĝ = e B + <∇ - e B, u> u, unbiased whatever B is.
+    """`fg-a` with the feedback of `fdfa` as a control variate: ĝ = e B + <∇ - e B, u> u, unbiased whatever B is, where `fg-a` is.
 
     The bias of `fdfa` is measured along the very directions that B learns from, and put right. An example's credits have the total variance
     (D ± 1)|∇ - e B|² / K (+ Gaussian, - signs) in place of the (D ± 1)|∇|² / K of `fg-a`, D the number of units: less as soon as e B is nearer

@@ -100,8 +100,9 @@ def lg_fa(network: Network, *, released: bool = False) -> Estimator:
 def dfa(network: Network, *, feedback_rank: int = 0, mask: bool = True, released: bool = False) -> Estimator:
     """Direct feedback alignment: the output error through a fixed random matrix is each layer's credit, δ_l = e B_l (Nøkland 2016).
 
-    B_l ~ U(±√(6/n_l)), n_l the layer's units. Biased; aligns with the gradient as the weights adapt. Cost: 2 passes. Memory: one matrix
-    [classes, units] per layer.
+    B_l ~ U(±√(6/n_l)), n_l the layer's units, as Bacho & Chu (2023) draw it. Biased; aligns with the gradient as the weights adapt. Cost: 2 passes
+    and a product [N, classes, units] per layer. Memory: all activations, since the error comes after the forward pass, and a matrix [classes, units]
+    per layer.
 
     Args:
       feedback_rank: B = Q P of this rank, for many classes; 0: B whole. See `feedback.direct_feedback`.

@@ -25,10 +25,10 @@ LOSSES = {
 
 @recipe("baydin2022", passes=lambda draws: 1 + 2 * draws)
 def fg_w(network: Network, *, guess: Guess | None = None, draws: int = 1) -> Estimator:
-    """Forward gradient by weight perturbation: ĝ = <∇L, v> v, one direction v for all weights and the whole batch (Baydin et al. 2022).
+    """Forward gradient by weight perturbation: ĝ = <∇L, v> v, one direction v for all layers' weights and the whole batch (Baydin et al. 2022).
 
-    Ren et al. 2023, Eq. 2. Unbiased for E[v vᵀ] = I. Total variance (D ± 1)|∇L|² / K with D the number of weights (+ Gaussian, - signs): it
-    does not fall with N. Cost: 1 + K tangents of one pass. Memory: two activations and a direction as large as the weights.
+    Ren et al. 2023, Eq. 2. Readouts are exact. Unbiased for E[v vᵀ] = I. Total variance (D ± 1)|∇L|² / K with D the number of weights (+ Gaussian,
+    - signs): it does not fall with N. Cost: 1 + K tangents of one pass. Memory: two activations and a direction as large as the weights.
     """
     return estimator(
         network,

@@ -19,12 +19,14 @@ class Printed(NamedTuple):
       test, train: the errors; papers that print no train error have `None`.
       source: where they are printed.
       images: on how many test images.
+      spread: what is printed after ±, of the test error; 0 where nothing is.
     """
 
     test: float
     train: float | None
     source: str
     images: int = 10_000
+    spread: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +98,14 @@ class Range(NamedTuple):
 
 
 def expected(printed: Printed) -> Range:
-    """The printed test error ± the larger of 0.3 points and three binomial standard errors on the test images.
+    """The printed test error ± the larger of 0.3 points and three standard deviations: binomial on the test images, and the printed spread.
 
     A convention, not a test: both runs are scored on the same images, so that what their errors differ by is less than two test sets would, and
-    0.3 points are left to seeds where errors are small.
+    0.3 points are left to seeds where errors are small. A printed spread is taken as a standard deviation over runs.
     """
     share = printed.test / 100
-    width = max(0.3, 300 * math.sqrt(share * (1 - share) / printed.images))
+    binomial = 100 * math.sqrt(share * (1 - share) / printed.images)
+    width = max(0.3, 3 * math.hypot(binomial, printed.spread))
     return Range(printed.test - width, printed.test + width)
 
 

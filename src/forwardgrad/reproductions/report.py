@@ -12,8 +12,9 @@ from forwardgrad.reproductions import records
 HEAD = """# Results
 
 Published numbers, run again: one row per run, made from the files in `{results}` by `python -m forwardgrad.reproductions.report`. Errors in percent,
-test / train. A test error is *in range* where it is no farther from the paper's than 0.3 points or three of its binomial standard errors on the test
-images, whichever is more; *better* is below that and *worse* above. The train error does not decide.
+test / train. A test error is *in range* where it is no farther from the paper's than 0.3 points or three standard deviations, whichever is more:
+binomial on the test images, and the paper's own ± over runs where it prints one; *better* is below that and *worse* above. The train error does not
+decide.
 """
 SHORT = """
 Where the epochs are "N of M", or only the first images are used, a shortened run stands in for one of the paper's length: its verdict compares it
