@@ -49,12 +49,17 @@ ad.primitive_transposes[lane_p] = _backwards
 
 
 def with_streets(network, closed=False):
-    """The network with a street after every tap."""
+    """The network with a street after every tap but the package's passive ones, which stand within a layer."""
 
     def place(block):
         def apply(p, state, h, train):
             name = lambda tap: (CLOSED if closed else "") + f"{block.name}/{tap}"
-            visit = lambda tap, axes, z: (None, street_p.bind(fg.tap(z, tap, axes), name=name(tap)))
+
+            def visit(tap, axes, z):
+                if tap.endswith("/linear"):
+                    return None, fg.tap(z, tap, axes, passive=True)
+                return None, street_p.bind(fg.tap(z, tap, axes), name=name(tap))
+
             return taps.visited(lambda p, state, h: block.apply(p, state, h, train), visit)(p, state, h)[0]
 
         return block._replace(apply=apply)
@@ -62,11 +67,15 @@ def with_streets(network, closed=False):
     return fg.Network(tuple(place(block) for block in network.blocks))
 
 
-def crossed(method):
+def crossed_by(method, case):
     """Names of the taps that the reverse passes of one estimate cross: traced, not computed."""
     CROSSED.clear()
-    jax.eval_shape(lambda: once(method, *problem()).grads)
+    jax.eval_shape(lambda: once(method, *case).grads)
     return sorted(set(CROSSED))
+
+
+def crossed(method):
+    return crossed_by(method, problem())
 
 
 ALL = sorted(f"{block}/{tap}" for block in ("b0", "b1") for tap in ("tok", "chan", "grp"))

@@ -18,6 +18,7 @@ from forwardgrad.guesses.random import gaussian as gaussian
 from forwardgrad.guesses.random import orthogonal as orthogonal
 from forwardgrad.guesses.random import rademacher as rademacher
 from forwardgrad.insertions import activations as activations
+from forwardgrad.insertions import hidden as hidden
 from forwardgrad.insertions import weights as weights
 from forwardgrad.named import Named as Named
 from forwardgrad.network import Block as Block

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
@@ -9,13 +10,31 @@ from typing import NamedTuple
 from forwardgrad.errors import unknown
 from forwardgrad.named import axis_names
 
-Only = Callable[[str], bool] | str | Sequence[str] | None
+
+@dataclasses.dataclass(frozen=True)
+class Hidden:
+    """All taps but those right below a loss: from which a loss is reached past no other tap, passive ones apart, and no cut.
+
+    The layer below such a tap then gets the exact gradient of that loss. It costs one hop backwards through the head's weights,
+    and takes this layer's noise out of the scalars of all others.
+
+    Attributes:
+      but: names within the block that are left out too, e.g. those of a layer that another part displaces by its weights.
+    """
+
+    but: tuple[str, ...] = ()
+
+
+hidden = Hidden()
+"""`fg.activations(only=fg.hidden)`: see `Hidden`."""
+
+Only = Callable[[str], bool] | str | Sequence[str] | Hidden | None
 
 
 class Choice(NamedTuple):
     """Sites of one kind.
 
-    `only`: a predicate on the site's name within its block, or shell-style patterns, on that name or the one with its block.
+    `only`: a predicate on the site's name within its block; shell-style patterns, on that name or the one with its block; or `hidden`.
     `credit_at`: from the name of a tap within its block to that of the tap its credit is handed to.
     """
 
@@ -26,9 +45,19 @@ class Choice(NamedTuple):
     credit_at: Callable[[str], str] | None = None
 
     def select(
-        self, names: Mapping[str, str], all_sites: bool = True, passive: Collection[str] = frozenset()
+        self,
+        names: Mapping[str, str],
+        all_sites: bool = True,
+        passive: Collection[str] = frozenset(),
+        below_loss: Callable[[], Collection[str]] = frozenset,
     ) -> list[str]:
         """Of `{site: name within its block}`, the sites chosen: of the passive ones those whose full name, of either kind, is given.
+
+        Args:
+          names: of all sites of one kind.
+          all_sites: these are all of the network's, and not those of a piece of it.
+          passive: sites that are chosen only by name.
+          below_loss: tells which sites are right below a loss, where it is asked.
 
         Raises:
           InputError: these are all sites, and a pattern matches nothing.
@@ -36,6 +65,9 @@ class Choice(NamedTuple):
         active = {site: name for site, name in names.items() if site not in passive}
         if self.only is None:
             return list(active)
+        if isinstance(self.only, Hidden):
+            exact = below_loss()
+            return [site for site, name in active.items() if site not in exact and name not in self.only.but]
         if callable(self.only):
             return [site for site, name in active.items() if self.only(name)]
         patterns = (self.only,) if isinstance(self.only, str) else tuple(self.only)
@@ -76,7 +108,7 @@ def activations(
 
     Args:
       only: which taps; by default all that are not passive. A tap that no part displaces is not cut either: the layer above it is
-        differentiated one layer deeper.
+        differentiated one layer deeper. `fg.hidden` leaves out the taps right below each loss.
       shared: axes along which one displacement serves all, e.g. `"batch"` for perturbations shared by all examples (Ren et al., Table 1).
       credit_at: from a displaced tap's name within its block to the name of another tap with the same axes, which gets its credit unchanged:
         the derivative of what lies between the two is skipped, and the estimate biased accordingly. `linear_output` skips normalisations.

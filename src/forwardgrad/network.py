@@ -33,12 +33,16 @@ class Readout(NamedTuple):
       cells: `(params, h, batch) -> Named`, the same cells straight from the hidden state, where fusing both is cheaper or where outputs do
         not keep the cells apart. `None`: `loss(outputs(params, h), batch)`.
       init: `key -> params`.
+      shares: `(params, h) -> Named`, what each cell contributes to the outputs, with the outputs' axes and those of the cells: summed over the cells
+        it is, up to constants, the outputs, and the slice of a cell depends on that cell alone. What feedback for cells is learned from.
+        `None`: outputs, whose cells are the examples.
     """
 
     outputs: Callable[[Any, Any], Named]
     loss: Callable[[Named, Mapping[str, Any]], Named]
     cells: Callable[[Any, Any, Mapping[str, Any]], Named] | None = None
     init: Callable[[jax.Array], Any] = _nothing
+    shares: Callable[[Any, Any], Named] | None = None
 
 
 class Block(NamedTuple):
@@ -123,7 +127,9 @@ def in_precision(network: Network, dtype: Any) -> Network:
         outputs = lambda params, h: own.outputs(params, like(params, h))
         cells = own.cells
         wide = None if cells is None else lambda params, h, batch: cells(params, like(params, h), batch)
-        return own._replace(outputs=outputs, cells=wide)
+        shares = own.shares
+        apart = None if shares is None else lambda params, h: shares(params, like(params, h))
+        return own._replace(outputs=outputs, cells=wide, shares=apart)
 
     return Network(tuple(b._replace(apply=layers(b), readout=readout(b)) for b in network.blocks))
 
@@ -146,10 +152,11 @@ def with_leaves(tree: Any, leaves: Mapping[str, Any]) -> Any:
 
 
 class Term(NamedTuple):
-    """One loss of a run: the readout's outputs and its cells, weighed so that they sum to the mean loss."""
+    """One loss of a run: the readout's outputs, its cells, weighed so that they sum to the mean loss, and the cells' shares of the outputs."""
 
     outputs: Named
     cells: Named
+    shares: Named
 
     @property
     def loss(self) -> jax.Array:
@@ -205,6 +212,7 @@ class Runner:
       where: `{tap site: (position of its block, name within it)}`, known after a run.
       passive: sites of the passive taps among them.
       programs: the blocks as they were traced last, known after a run.
+      inputs: how many leaves their inputs have, the last of the programs' arguments.
     """
 
     def __init__(
@@ -218,6 +226,7 @@ class Runner:
         self.where: dict[str, tuple[int, str]] = {}
         self.passive: set[str] = set()
         self.programs: dict[int, taps.Program] = {}
+        self.inputs: dict[int, int] = {}
         self._programs: dict[Any, taps.Program] = {}
 
     def __call__(
@@ -232,6 +241,7 @@ class Runner:
             here = prefix(block)
             args = (params[block.name]["layers"], state[block.name], h)
             program = self.programs[i] = self._program(i, args)
+            self.inputs[i] = len(jax.tree.leaves(h))
             self.where.update({here + name: (i, name) for name in program.taps})
             self.passive.update(here + name for name in program.passive)
             (h, new_state[block.name]), seen = taps.evaluate(
@@ -241,6 +251,24 @@ class Runner:
             if i in self.terms:
                 terms[i] = term_of(block, params[block.name]["readout"], h, batch)
         return Ran(terms, records, new_state, h)
+
+    def ends_at(self, i: int, name: str | None) -> bool:
+        """Whether what block `i` gives depends on its tap `name` otherwise than through another tap that is not passive; `None`: on its input."""
+        program = self.programs[i]
+        args = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in program.closed.in_avals]
+        others = {other for other in program.taps if other not in (name, *program.passive)}
+        if name is None:
+            flags = [False] * (len(args) - self.inputs[i]) + [True] * self.inputs[i]
+            return any(jax.tree.leaves(taps.reached(program, flags, others)[0]))
+        records = jax.eval_shape(lambda *args: taps.evaluate(program, args, taps.record)[1], *args)
+        tapped = records[name].value
+
+        def after(z: jax.Array, *args: Any) -> Any:
+            again = lambda this, axes, value: (None, z if this == name else taps.tap(value, this, axes))
+            return taps.evaluate(program, args, again)[0]
+
+        out, _ = taps.reached(taps.trace(after, tapped, *args), [True], others)
+        return any(jax.tree.leaves(out))
 
     def _program(self, i: int, args: Any) -> taps.Program:
         leaves, structure = jax.tree.flatten(args)
@@ -261,4 +289,5 @@ def term_of(block: Block, params: Any, h: Any, batch: Mapping[str, Any]) -> Term
         )
     outputs = readout.outputs(params, h)
     cells = readout.loss(outputs, batch) if readout.cells is None else readout.cells(params, h, batch)
-    return Term(outputs, weighed(cells, batch))
+    shares = outputs if readout.shares is None else readout.shares(params, h)
+    return Term(outputs, weighed(cells, batch), shares)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from forwardgrad import credit, taps
 from forwardgrad.errors import InputError, unknown
 from forwardgrad.guesses.base import Site, View
+from forwardgrad.insertions import Hidden
 from forwardgrad.named import Named, axis_names, contract
 from forwardgrad.network import Network, Ran, Runner, Term, leaf_paths, weighed, with_leaves
 from forwardgrad.parts import Estimate, Info, Part
@@ -136,7 +137,7 @@ class Step:
         if part.insertion.taps is not None:
             choice = part.insertion.taps
             names = {site: name for site, (_, name) in self.run.where.items()}
-            for site in choice.select(names, self.alone, self.run.passive):
+            for site in choice.select(names, self.alone, self.run.passive, self.below_loss):
                 block, name = self.run.where[site]
                 z = self.taps[site]
                 noise = choice.noise_axes(name, z.axes)
@@ -185,11 +186,26 @@ class Step:
                     self.first + i,
                     name,
                 )
-        if self.alone and not out and (part.insertion.taps or part.insertion.weights):
+        optional = part.insertion.taps is not None and isinstance(part.insertion.taps.only, Hidden)
+        if self.alone and not out and not optional and (part.insertion.taps or part.insertion.weights):
             kind = "taps" if part.insertion.taps else "weights"
             raise InputError(
                 f"the network has no {kind} to displace: mark activations with forwardgrad.tap, or perturb the other kind."
             )
+        return out
+
+    def below_loss(self) -> set[str]:
+        """Taps from which a loss is reached past no other tap and no cut, passive taps apart."""
+        out: set[str] = set()
+        for last in self.terms:
+            i = last
+            while True:
+                own = {site: name for site, (position, name) in self.run.where.items() if position == i}
+                active = [site for site in own if site not in self.run.passive]
+                out |= {site for site in active if self.run.ends_at(i, own[site])}
+                if i == 0 or i in self.run.cuts or not self.run.ends_at(i, None):
+                    break
+                i -= 1
         return out
 
     def landings(self, part: Part) -> dict[str, str]:
@@ -253,13 +269,14 @@ class Step:
             sites = {name: site for name, site in all_sites.items() if self.position(name) in scope.blocks}
             if not sites:
                 continue
-            outputs = self.terms[scope.terms[-1]].outputs if scope.terms else None
+            last = self.terms[scope.terms[-1]] if scope.terms else None
             errors = {self.network.blocks[t].name: self._error(t) for t in scope.terms}
             own = tuple(self.network.blocks[i] for i in scope.blocks)
             out[scope] = View(
                 sites=sites,
                 taps={name: z for name, z in self.taps.items() if self.run.where[name][0] in scope.blocks},
-                outputs=outputs,  # pyright: ignore[reportArgumentType]
+                outputs=last and last.outputs,  # pyright: ignore[reportArgumentType]
+                shares=last and last.shares,  # pyright: ignore[reportArgumentType]
                 error=list(errors.values())[-1] if errors else None,  # pyright: ignore[reportArgumentType]
                 errors=errors,
                 readouts={b.name: b.readout for b in own if b.readout is not None},
@@ -319,7 +336,8 @@ class Step:
             own_p = {site: p[site] for site in view.sites if site in p}
             coefficient, du = None, {}
             if part.guess is not None:
-                du = {"cells": self.cells(scope, pushed), "outputs": pushed[scope.terms[-1]].outputs}
+                last = pushed[scope.terms[-1]]
+                du = {"cells": self.cells(scope, pushed), "outputs": last.outputs, "shares": last.shares}
             if part.guess is not None and part.rule.coefficient is not None:
                 scalar, squared = credit.scalars(du["cells"], own_u, own_p, part.partition)
                 coefficient = credit.coefficients(part.rule, scalar, squared, weight)
@@ -367,7 +385,7 @@ class Step:
         def values(eps: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> tuple[dict[int, Any], Any]:
             own = {site: tuple(a for a in axes[site] if site not in per_example or a != "batch") for site in eps}
             ran = self.displaced({site: Named(value, own[site]) for site, value in eps.items()}, batch)
-            return {t: (term.outputs.value, term.cells.value) for t, term in ran.terms.items()}, ran.hidden
+            return {t: tuple(named.value for named in term) for t, term in ran.terms.items()}, ran.hidden
 
         def tangent(eps: Mapping[str, jax.Array], batch: Mapping[str, Any], moving: Any = None) -> Any:
             zeros = jax.tree.map(jnp.zeros_like, eps)
@@ -398,7 +416,7 @@ class Step:
         draws = None if u else part.draws  # without a direction nothing else says how many
         out, hidden = jax.vmap(one_draw, axis_size=draws)(values_of_u, inputs)
         named = lambda value, like: Named(value, ("draw", *like.axes))
-        terms = {t: Term(named(o, self.terms[t].outputs), named(c, self.terms[t].cells)) for t, (o, c) in out.items()}
+        terms = {t: Term(*map(named, values, self.terms[t])) for t, values in out.items()}
         return Pushed(terms, hidden)
 
     def _weight_axes(self, block: str, leaf: str, default: tuple[str, ...]) -> tuple[str, ...]:

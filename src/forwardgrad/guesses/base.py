@@ -44,7 +44,8 @@ class View(NamedTuple):
     Attributes:
       sites: `{site: Site}` that the part displaces.
       taps: `{tap: Named}` activations of all taps of the scope.
-      outputs: of the scope's last readout; it and `error` are `None` where a sitewise guess is asked block by block.
+      outputs: of the scope's last readout; it, `shares` and `error` are `None` where a sitewise guess is asked block by block.
+      shares: what each cell of its loss contributes to them (`Readout.shares`).
       error: derivative of the scope's last loss with respect to `outputs`; contains the example weights.
       errors: the same for every loss of the scope, by block; empty where a sitewise guess is asked block by block.
       readouts: `{block: readout}` of all blocks of the scope that have one; the last is the one of `outputs`.
@@ -61,6 +62,7 @@ class View(NamedTuple):
     sites: Mapping[str, Site]
     taps: Mapping[str, Named]
     outputs: Named
+    shares: Named
     error: Named
     errors: Mapping[str, Named]
     readouts: Mapping[str, Readout]
@@ -92,7 +94,7 @@ class Guess(NamedTuple):
       propose: `(key, state, view) -> {site: Named}`. As a *direction* on the site's noise axes, with a leading `"draw"` axis of length
         `view.draws` (left out: the same direction for every draw). As a *prediction* on the site's axes and any axes of the loss.
       init: `(key, view) -> state`; only shapes of the view may be used.
-      observe: `(state, view, u, du) -> statistics` that *sum* over microbatches; `du` holds the tangents `outputs` and `cells`.
+      observe: `(state, view, u, du) -> statistics` that *sum* over microbatches; `du` holds the tangents `outputs`, `shares` and `cells`.
         Both are empty in a part without a guess.
       update: `(state, statistics) -> state`, once per step.
       name: for messages and listings.

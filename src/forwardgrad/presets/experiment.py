@@ -71,6 +71,15 @@ class Experiment(Generic[M]):
     """dkp, fdfa, fg-a-fdfa, dfa only: feedback matrices as products of two factors of this rank, for many classes; 0: whole"""
     alpha: float = 1e-3
     """fdfa, fg-a-fdfa only: rate of the moving average of the feedback matrices, where it is their rule"""
+    perturbed: Literal["hidden", "all"] = "hidden"
+    """lg-fg-a-plus only: perturb all taps, or leave out those right below each local loss, whose layer is then exact"""
+    predictor: Literal["fitted", "average", "random", "local", "ntk", "none"] = "fitted"
+    """lg-fg-a-plus only: control variate: feedback fitted to the tangents, its moving average as in fdfa, random feedback, the gradient of
+    the block's own loss, or of one through a random readout; none"""
+    predictor_rate: float = 0.2
+    """lg-fg-a-plus only: rate at which the predictors fitted and average learn"""
+    token_by: Literal["weights", "activities"] = "weights"
+    """lg-fg-a-plus only: what of token mixing is perturbed: its weights, for each example and output patch, or its outputs"""
     pixels: Literal["standardised", "symmetric"] = "standardised"
     """inputs: each colour less its mean over the training images, divided by its standard deviation; or scaled to [-1, 1]"""
     flip: bool = False
@@ -113,6 +122,10 @@ class Experiment(Generic[M]):
             "feedback_decay": self.feedback_decay,
             "feedback_rank": self.feedback_rank,
             "alpha": self.alpha,
+            "perturbed": self.perturbed,
+            "predictor": self.predictor,
+            "predictor_rate": self.predictor_rate,
+            "token_by": self.token_by,
         }
         if self.precision != "float32":
             network = in_precision(network, self.precision)
@@ -144,7 +157,7 @@ class Experiment(Generic[M]):
             if getattr(self, name) < least:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} must be at least {least}, not {getattr(self, name)}.")
-        for name in ("lr", "feedback_lr", "alpha", "decay"):
+        for name in ("lr", "feedback_lr", "alpha", "decay", "predictor_rate"):
             if not getattr(self, name) > 0:
                 raise InputError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}.")
         for name in ("weight_decay", "feedback_decay", "warmup_epochs", "momentum", "classifier_lr"):

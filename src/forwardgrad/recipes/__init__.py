@@ -14,7 +14,7 @@ import pkgutil
 from forwardgrad.errors import unknown
 from forwardgrad.recipes.base import Recipe as Recipe
 
-FIRST = ("baselines", "ren2023", "classical", "bacho2023")
+FIRST = ("baselines", "ren2023", "classical", "bacho2023", "frontier")
 """Modules whose recipes are listed first, in this order; then the others by name."""
 
 
