@@ -238,6 +238,8 @@ def _leaks_of(
         return step.taps
 
     activations = record(params, model_state, batch)
+    if not sites:  # hidden taps of a network that has none
+        return []
     found = []
     alone = [name for name, site in sites.items() if site.kind == "weight" and "batch" in site.noise_axes]
     if alone:
