@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,8 @@ def draw(path: Path, title: str, quantities: tuple[str, ...], records: list[dict
             for axes, quantity in zip(panels[i], quantities, strict=True):
                 _lines(axes, mine, rows, quantity)
                 axes.set(xlabel="epoch", ylabel=LABELS[quantity])
-                axes.set_title(re.sub(r"[-_]", " ", column) if len(columns) > 1 else "", fontsize="medium")
+                axes.xaxis.get_major_locator().set_params(integer=True)
+                axes.set_title(column if len(columns) > 1 else "", fontsize="medium")
         panels[0][-1].legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
     return True
 

@@ -69,5 +69,5 @@ def lines(axes: Any, records: list[dict[str, Any]]) -> None:
             ) if points else None
     axes.set_xscale("log", base=2)
     axes.set_xticks([number(c) for c in columns], [str(number(c)) for c in columns])
-    axes.set(xlabel=re.sub(r"-?\d+", "", columns[0]), ylabel="error (%)", ylim=(0, None))
+    axes.set(xlabel=re.sub(r"-?\d+", "", columns[0]), ylabel="error (%)")
     axes.legend(frameon=False, fontsize="small")
