@@ -11,11 +11,13 @@ from toynets import CELLS, along, distance, hadamard, mean, once, setting, two_s
 
 import forwardgrad as fg
 from forwardgrad import recipes
+from forwardgrad.descent import adam
 from forwardgrad.guesses.fitted_feedback import fitted_feedback, relu_and_normalise
+from forwardgrad.guesses.weight_mirror import weight_mirror
 from forwardgrad.models.localmixer import LocalMixer
 from forwardgrad.models.mlp import MLP
 from forwardgrad.models.normalisation import normalise
-from forwardgrad.network import complete
+from forwardgrad.network import complete, leaf_paths
 from forwardgrad.recipes.frontier import PREDICTORS
 from forwardgrad.whole import Step
 
@@ -84,9 +86,9 @@ def test_with_nothing_of_it_it_is_lg_fg_a():
 def moved(state, scale=0.3):
     """A state in which something was learned, whatever it is."""
     leaves, tree = jax.tree.flatten(state)
-    return tree.unflatten(
-        [x + scale * jax.random.normal(jax.random.key(i), x.shape, x.dtype) for i, x in enumerate(leaves)]
-    )
+    noise = lambda i, x: scale * jax.random.normal(jax.random.key(i), x.shape, x.dtype)
+    real = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    return tree.unflatten([x + noise(i, x) if real(x) else x for i, x in enumerate(leaves)])
 
 
 @pytest.mark.parametrize("predictor", PREDICTORS)
@@ -186,6 +188,50 @@ def test_it_lowers_the_variance_of_localmixer_more_than_a_moving_average():
     average = variance(*taught(network, case, PREDICTORS["average"](0.05), 60), case)
     assert fitted < 0.9 * none
     assert fitted < average
+
+
+# weight mirror
+
+
+def mirrored(state, weights):
+    """The estimator's state with the mirror's weights replaced."""
+    part, *rest = state
+    swap = lambda mirror, name: mirror._replace(weights={path: weights[path] for path in mirror.weights})
+    return ({name: {**roles, "predictor": swap(roles["predictor"], name)} for name, roles in part.items()}, *rest)
+
+
+def test_a_mirror_of_the_true_weights_leaves_no_variance_where_a_unit_feeds_one_cell():
+    network, params, model_state, batch = tiny()
+    build = lambda guess: recipes.lg_fg_a_plus(network, guess=guess, predictor="mirror")
+    state = build(fg.rademacher()).initial_state(jax.random.key(2), params, model_state, batch)
+    state = mirrored(state, leaf_paths(params))
+
+    @jax.jit
+    @jax.vmap
+    def each(row):
+        return build(along(row)).estimate(jax.random.key(3), state, params, model_state, batch)[0].grads
+
+    for i, one in enumerate(hadamard(128)[5:8]):
+        found = each(jnp.asarray(one)[None])
+        for block in ("block0", "block1"):
+            channel = [tree[block]["layers"]["channel"] for tree in (found, exact())]
+            assert distance(jax.tree.map(lambda x: x[0], channel[0]), channel[1]) < 1e-11, i
+
+
+def test_a_mirror_learns_the_weights_from_tangents():
+    network, *case = setting(TINY, 16)
+    method, state = taught(network, case, weight_mirror(adam(2e-2)), 600)
+    true = leaf_paths(case[0])
+    learned = state[0]["block1"]["predictor"].weights
+    for name, inputs in (("channel", 0), ("grouped", 1)):
+        path = f"block1/layers/{name}/kernel"
+        # a normalised tangent sums to zero: what a layer does to a constant input is never seen, and never needed
+        seen = lambda kernel, inputs=inputs: jnp.ravel(kernel - kernel.mean(inputs, keepdims=True))
+        w, f = seen(true[path]), seen(learned[path])
+        assert float(w @ f / jnp.linalg.norm(w) / jnp.linalg.norm(f)) > 0.98
+    assert float(jnp.abs(learned["block1/layers/token/kernel"]).max()) == 0, "nothing is displaced before it"
+    none = variance(*taught(network, case, None, 1), case)
+    assert variance(method, state, case) < 0.8 * none
 
 
 def test_what_it_learns_sums_over_microbatches():

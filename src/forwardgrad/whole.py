@@ -92,10 +92,11 @@ class Method(Protocol):
 
 
 class Pushed(NamedTuple):
-    """Tangents: of each loss's outputs and cells, and of the last block's output."""
+    """Tangents: of each loss's outputs and cells, of the last block's output, and of taps (none where examples run one at a time)."""
 
     terms: dict[int, Term]
     hidden: Any
+    taps: dict[str, Named]
 
 
 class Step:
@@ -328,7 +329,8 @@ class Step:
                 proposed = part.predictor.propose(own, state[scope.name]["predictor"], view)
                 mask = part.guess.mask if part.guess is not None else None
                 p.update({site: jax.lax.stop_gradient(self._masked(site, q, mask)) for site, q in proposed.items()})
-        pushed = self.push(part, u).terms if part.guess is not None else {}
+        moved = self.push(part, u) if part.guess is not None else Pushed({}, None, {})
+        pushed = moved.terms
         credits, statistics = {}, {}
         weight = Named(self.batch["weight"], ("batch",))
         for scope, view in views.items():
@@ -337,7 +339,13 @@ class Step:
             coefficient, du = None, {}
             if part.guess is not None:
                 last = pushed[scope.terms[-1]]
-                du = {"cells": self.cells(scope, pushed), "outputs": last.outputs, "shares": last.shares}
+                own_taps = {name: moved.taps[name] for name in view.taps if name in moved.taps}
+                du = {
+                    "cells": self.cells(scope, pushed),
+                    "outputs": last.outputs,
+                    "shares": last.shares,
+                    "taps": own_taps,
+                }
             if part.guess is not None and part.rule.coefficient is not None:
                 scalar, squared = credit.scalars(du["cells"], own_u, own_p, part.partition)
                 coefficient = credit.coefficients(part.rule, scalar, squared, weight)
@@ -359,15 +367,20 @@ class Step:
         return contract(prediction.axes, prediction, Named(mask(z.value), z.axes))
 
     def displaced(self, eps: Mapping[str, Named], batch: Mapping[str, Any] | None = None) -> Ran:
-        """A run with sites displaced by `eps`; an axis that a displacement lacks shares it."""
+        """A run with sites displaced by `eps`, its taps' displaced activations as records; an axis that a displacement lacks shares it."""
         flat, moved = leaf_paths(self.params), {}
         for site, move in eps.items():
             if site not in self.taps:
                 block, leaf = site.split("#", 1)
                 path = _leaf_path(block, leaf)
                 moved[path] = flat[path] + move.to(self._weight_axes(block, leaf, move.axes)).astype(flat[path].dtype)
-        at_taps = {site: move for site, move in eps.items() if site in self.taps}
-        return self.run(with_leaves(self.params, moved), taps.displace(at_taps), batch=batch)
+        displace = taps.displace({site: move for site, move in eps.items() if site in self.taps})
+
+        def visit(name: str, axes: tuple[str, ...], z: jax.Array) -> tuple[Named, jax.Array]:
+            _, z = displace(name, axes, z)
+            return Named(z, axes), z
+
+        return self.run(with_leaves(self.params, moved), visit, batch=batch)
 
     def push(self, part: Part, u: Mapping[str, Named], inputs: Any = None) -> Pushed:
         """Tangents along the directions, with a leading draw axis.
@@ -382,10 +395,13 @@ class Step:
         axes = {site: direction.axes[1:] for site, direction in u.items()}
         per_example = {site: a.index("batch") for site, a in axes.items() if site not in self.taps and "batch" in a}
 
-        def values(eps: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> tuple[dict[int, Any], Any]:
+        def values(
+            eps: Mapping[str, jax.Array], batch: Mapping[str, Any]
+        ) -> tuple[dict[int, Any], Any, dict[str, Any]]:
             own = {site: tuple(a for a in axes[site] if site not in per_example or a != "batch") for site in eps}
             ran = self.displaced({site: Named(value, own[site]) for site, value in eps.items()}, batch)
-            return {t: tuple(named.value for named in term) for t, term in ran.terms.items()}, ran.hidden
+            seen = {} if per_example else {name: z.value for name, z in ran.records.items()}
+            return {t: tuple(named.value for named in term) for t, term in ran.terms.items()}, ran.hidden, seen
 
         def tangent(eps: Mapping[str, jax.Array], batch: Mapping[str, Any], moving: Any = None) -> Any:
             zeros = jax.tree.map(jnp.zeros_like, eps)
@@ -414,10 +430,10 @@ class Step:
 
         values_of_u = {site: direction.value for site, direction in u.items()}
         draws = None if u else part.draws  # without a direction nothing else says how many
-        out, hidden = jax.vmap(one_draw, axis_size=draws)(values_of_u, inputs)
+        out, hidden, seen = jax.vmap(one_draw, axis_size=draws)(values_of_u, inputs)
         named = lambda value, like: Named(value, ("draw", *like.axes))
         terms = {t: Term(*map(named, values, self.terms[t])) for t, values in out.items()}
-        return Pushed(terms, hidden)
+        return Pushed(terms, hidden, {name: named(value, self.taps[name]) for name, value in seen.items()})
 
     def _weight_axes(self, block: str, leaf: str, default: tuple[str, ...]) -> tuple[str, ...]:
         (named,) = (b.weights for b in self.network.blocks if b.name == block)

@@ -79,7 +79,7 @@ def _no_state(key: jax.Array, view: View) -> tuple[()]:
     return ()
 
 
-def _no_statistics(state: Any, view: View, u: Mapping[str, Named], du: Mapping[str, Named]) -> tuple[()]:
+def _no_statistics(state: Any, view: View, u: Mapping[str, Named], du: Mapping[str, Any]) -> tuple[()]:
     return ()
 
 
@@ -94,8 +94,8 @@ class Guess(NamedTuple):
       propose: `(key, state, view) -> {site: Named}`. As a *direction* on the site's noise axes, with a leading `"draw"` axis of length
         `view.draws` (left out: the same direction for every draw). As a *prediction* on the site's axes and any axes of the loss.
       init: `(key, view) -> state`; only shapes of the view may be used.
-      observe: `(state, view, u, du) -> statistics` that *sum* over microbatches; `du` holds the tangents `outputs`, `shares` and `cells`.
-        Both are empty in a part without a guess.
+      observe: `(state, view, u, du) -> statistics` that *sum* over microbatches; `du` holds the tangents `outputs`, `shares` and `cells`, and
+        those of the scope's taps by name, `taps` (none where weights are displaced per example). Both are empty in a part without a guess.
       update: `(state, statistics) -> state`, once per step.
       name: for messages and listings.
       mask: of a masked guess, `activation -> 0 or 1`, so that checks can verify it.
@@ -107,7 +107,7 @@ class Guess(NamedTuple):
 
     propose: Callable[[jax.Array, Any, View], Mapping[str, Named]]
     init: Callable[[jax.Array, View], Any] = _no_state
-    observe: Callable[[Any, View, Mapping[str, Named], Mapping[str, Named]], Any] = _no_statistics
+    observe: Callable[[Any, View, Mapping[str, Named], Mapping[str, Any]], Any] = _no_statistics
     update: Callable[[Any, Any], Any] = _unchanged
     name: str = "guess"
     mask: Callable[[jax.Array], jax.Array] | None = None

@@ -73,9 +73,9 @@ class Experiment(Generic[M]):
     """fdfa, fg-a-fdfa only: rate of the moving average of the feedback matrices, where it is their rule"""
     perturbed: Literal["hidden", "all"] = "hidden"
     """lg-fg-a-plus only: perturb all taps, or leave out those right below each local loss, whose layer is then exact"""
-    predictor: Literal["fitted", "average", "random", "local", "ntk", "none"] = "fitted"
+    predictor: Literal["fitted", "average", "random", "local", "ntk", "mirror", "none"] = "fitted"
     """lg-fg-a-plus only: control variate: feedback fitted to the tangents, its moving average as in fdfa, random feedback, the gradient of
-    the block's own loss, or of one through a random readout; none"""
+    the block's own loss, or of one through a random readout, a way back through weights learned from the tangents; none"""
     predictor_rate: float = 0.2
     """lg-fg-a-plus only: rate at which the predictors fitted and average learn"""
     token_by: Literal["weights", "activities"] = "weights"

@@ -14,6 +14,7 @@ from forwardgrad.guesses.given import masked
 from forwardgrad.guesses.local import local_gradient
 from forwardgrad.guesses.ntk import ntk
 from forwardgrad.guesses.random import rademacher
+from forwardgrad.guesses.weight_mirror import weight_mirror
 from forwardgrad.network import Network
 from forwardgrad.recipes.base import recipe
 from forwardgrad.recipes.ren2023 import CELLS
@@ -24,6 +25,7 @@ PREDICTORS: dict[str, Callable[[float], Guess | None]] = {
     "random": lambda rate: feedback.direct_feedback(mask=True, per_cell=CELLS),
     "local": lambda rate: local_gradient(),
     "ntk": lambda rate: ntk(),
+    "mirror": lambda rate: weight_mirror(),
     "none": lambda rate: None,
 }
 """From the rate of those that learn to the predictor of a block's taps."""
@@ -62,8 +64,8 @@ def lg_fg_a_plus(
       mask: leave out units that their ReLU switches off (Ren et al. 2023, section 3.6).
       perturbed: `hidden` or `all` taps.
       predictor: `fitted`; `average`, FDFA's moving average of Bacho & Chu (2023), times the ReLU's derivative; `random` feedback; `local` or
-        `ntk`, the gradient of the block's own loss or of one through a random readout (Fournier et al. 2023), which go back through the whole
-        block; `none`.
+        `ntk`, the gradient of the block's own loss or of one through a random readout (Fournier et al. 2023), and `mirror`, a way back through
+        weights learned from the tangents: these three go back through the whole block; `none`.
       predictor_rate: of `fitted` and `average`.
       token_by: `weights` or `activities`. Networks without a layer called "token" are the same with both.
 
