@@ -24,6 +24,7 @@ from forwardgrad.losses.products import product_p
 from forwardgrad.network import Network
 from forwardgrad.parts import Carry
 from forwardgrad.presets.experiment import Experiment
+from forwardgrad.training.compilation import ANY_ORDER
 from forwardgrad.training.optimisers import optimiser
 
 MIB = 2**20
@@ -98,7 +99,8 @@ def step(task: Task, *, run: bool = True) -> Compiled:
     experiment, network = task.experiment, task.network
     method = experiment.estimator(network)
     update = optimiser(experiment, network, 1000).update
-    one = jax.jit(lambda packed, batch: method.step(jax.random.key(4), packed, batch, update)[:2], donate_argnums=0)
+    step = lambda packed, batch: method.step(jax.random.key(4), packed, batch, update)[:2]
+    one = jax.jit(step, donate_argnums=0, compiler_options=ANY_ORDER)
     make = jax.jit(lambda *weights_and_batch: _initial(task, method, *weights_and_batch))
     shapes = _batch_shapes(task)
     known = _weights if run else lambda *_: jax.eval_shape(network.init, jax.random.key(0))
@@ -141,7 +143,7 @@ def forward(task: Task) -> Compiled:
 
     begin = time.monotonic()
     images = _batch(task)["inputs"]
-    compiled = jax.jit(predict).lower(params, images).compile()
+    compiled = jax.jit(predict, compiler_options=ANY_ORDER).lower(params, images).compile()
     seconds = time.monotonic() - begin
     return Compiled(lambda: _wait(compiled(params, images)), *memory(compiled), seconds)
 

@@ -17,6 +17,7 @@ from forwardgrad.data import Arrays, augment, batches
 from forwardgrad.engine import Estimator
 from forwardgrad.parts import Carry
 from forwardgrad.presets.experiment import Experiment
+from forwardgrad.training.compilation import ANY_ORDER
 from forwardgrad.training.optimisers import optimiser
 
 
@@ -75,7 +76,7 @@ class Learner:
         self.bias: dict[str, float] | None = None
         self._train = (jnp.asarray(arrays.train_images), jnp.asarray(arrays.train_labels))
         self._test = (jnp.asarray(arrays.test_images), jnp.asarray(arrays.test_labels))
-        self._dispatch = jax.jit(self._steps, donate_argnums=0)
+        self._dispatch = jax.jit(self._steps, donate_argnums=0, compiler_options=ANY_ORDER)
         self._count_errors = jax.jit(self._errors)
         self._init_network = jax.jit(self.network.init)
         self._init_method = jax.jit(self.method.initial_state)
