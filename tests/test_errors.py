@@ -14,8 +14,10 @@ from toynets import CELLS, FIXED, N, P, mixer, once, problem, setting
 import forwardgrad as fg
 from forwardgrad import errors, recipes, taps
 from forwardgrad.guesses.feedback import kolen_pollack, learned_feedback
+from forwardgrad.guesses.fitted_feedback import fitted_feedback
 from forwardgrad.guesses.ntk import ntk
 from forwardgrad.guesses.replay import feedback_alignment
+from forwardgrad.guesses.weight_mirror import weight_mirror
 from forwardgrad.models.localmixer import LocalMixer
 from forwardgrad.models.mlp import MLP
 from forwardgrad.named import Named
@@ -31,6 +33,12 @@ def estimate(network=None, **options):
     options = {"target": fg.local(), "guess": FIXED, "insertion": fg.activations(), "partition": CELLS, **options}
     method = fg.estimator(network or mixer(1), **options)
     return jax.eval_shape(lambda: once(method, *problem(1)).grads)
+
+
+def untaught(predictor):
+    """One estimate by a predictor beside which nothing is displaced."""
+    method = fg.Estimator(mixer(1), fg.local(), (fg.Part(None, fg.activations(), CELLS, predictor=predictor),))
+    jax.eval_shape(lambda: once(method, *problem(1)).grads)
 
 
 def without_readout(network):
@@ -154,6 +162,11 @@ CASES = {
     "shared, not kept apart": (lambda: estimate(insertion=fg.activations(shared="batch"), partition=("patch",)), "add 'batch' to the partition, or do not share it"),
     "guided and unbiased": (lambda: estimate(guess=ntk()), "use the projection or the sign rule, or make it the predictor"),
     "nothing to learn from": (lambda: jax.eval_shape(lambda: once(fg.Estimator(mixer(1), fg.local(), (fg.Part(None, fg.activations(), CELLS, predictor=learned_feedback()),)), *problem(1)).grads), "give the part a random guess, or use direct_feedback"),
+    "nothing to fit to": (lambda: untaught(fitted_feedback()), "give the part a random guess"),
+    "nothing to mirror": (lambda: untaught(weight_mirror()), "give the part a random guess and activations"),
+    "fitted to weights": (lambda: predicted(fg.Estimator(mixer(1), fg.local(), (fg.Part(None, fg.weights(), CELLS, predictor=fitted_feedback()),))), "give it to a part of taps"),
+    "rate of a fit": (lambda: fitted_feedback(1.5), r"between 0 and 1, not 1\.5"),
+    "unknown predictor": (lambda: recipes.lg_fg_a_plus(mixer(1), predictor="fited"), "did you mean 'fitted'"),
     "feedback rule": (lambda: recipes.dkp(mixer(1), rule="average"), "which are adam and sgd: choose one"),
     "feedback rank": (lambda: kolen_pollack(rank=0), "give a rank of at least 1, or None"),
     "Kolen-Pollack on weights": (lambda: predicted(fg.Estimator(mixer(1), fg.local(), (fg.Part(None, fg.weights(), CELLS, predictor=kolen_pollack()),))), "is a weight: use fg.activations"),
