@@ -24,9 +24,8 @@ CACHE = {"jax_persistent_cache_min_compile_time_secs": 0.2, "jax_persistent_cach
 def pytest_configure(config):
     if FOLDER not in os.environ:  # in the first process; the others inherit it
         config.compiled = os.environ[FOLDER] = tempfile.mkdtemp(prefix="forwardgrad-tests-")
-        os.environ.setdefault(
-            "TF_CPP_MIN_LOG_LEVEL", "3"
-        )  # XLA doubts, at length, that what it compiled a moment ago fits the machine
+        # XLA doubts, at length, that what it compiled a moment ago fits the machine
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     for name, value in {FOLDER.lower(): os.environ[FOLDER], **CACHE}.items():
         os.environ[name.upper()] = str(value)  # for commands
         jax.config.update(name, value)

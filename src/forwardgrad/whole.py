@@ -12,6 +12,7 @@ The passes repeat the same forward computation under different visitors; inside 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -138,7 +139,7 @@ class Step:
         if part.insertion.taps is not None:
             choice = part.insertion.taps
             names = {site: name for site, (_, name) in self.run.where.items()}
-            for site in choice.select(names, self.alone, self.run.passive, self.below_loss):
+            for site in choice.select(names, self.alone, self.run.passive, lambda: self.below_loss):
                 block, name = self.run.where[site]
                 z = self.taps[site]
                 noise = choice.noise_axes(name, z.axes)
@@ -195,6 +196,7 @@ class Step:
             )
         return out
 
+    @functools.cached_property
     def below_loss(self) -> set[str]:
         """Taps from which a loss is reached past no other tap and no cut, passive taps apart."""
         out: set[str] = set()

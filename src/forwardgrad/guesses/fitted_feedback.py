@@ -70,7 +70,7 @@ def fitted_feedback(
       InputError: a rate that is not between 0 and 1; (when used) a part without directions, or sites that are weights.
     """
     if not 0 < rate <= 1:
-        raise InputError(f"the rate of fitted feedback must be between 0 and 1, not {rate}.")
+        raise InputError(f"the rate of fitted feedback must be between 0 and 1, not {rate}: set --predictor-rate.")
 
     def axes(site: Site, view: View) -> tuple[str, ...]:
         classes = tuple(a for a in view.outputs.axes if a != "batch")

@@ -68,9 +68,7 @@ def replicated(features: int, classes: int, init: Initializer) -> Readout:
     def shares(params: Any, h: jax.Array) -> Named:
         patches, groups, channels = h.shape[1:]
         kernel = params["kernel"].reshape(groups, channels, classes)
-        value = (
-            jax.lax.dot_general(normalise(h), kernel, (((3,), (1,)), ((2,), (0,)))) / patches
-        )  # [group, batch, patch, class]
-        return Named(value, ("group", "batch", "patch", "class"))
+        value = jax.lax.dot_general(normalise(h), kernel, (((3,), (1,)), ((2,), (0,))))
+        return Named(value / patches, ("group", "batch", "patch", "class"))
 
     return Readout(outputs, cross_entropy, cells, _linear_init(features, classes, init), shares)

@@ -21,8 +21,8 @@ from forwardgrad.recipes.ren2023 import CELLS
 
 PREDICTORS: dict[str, Callable[[float], Guess | None]] = {
     "fitted": fitted_feedback,
-    "average": lambda rate: feedback.learned_feedback(descent.sgd(rate), mask=True, per_cell=CELLS),
-    "random": lambda rate: feedback.direct_feedback(mask=True, per_cell=CELLS),
+    "average": lambda rate: feedback.learned_feedback(descent.sgd(rate), mask=True),
+    "random": lambda rate: feedback.direct_feedback(mask=True),
     "local": lambda rate: local_gradient(),
     "ntk": lambda rate: ntk(),
     "mirror": lambda rate: weight_mirror(),
