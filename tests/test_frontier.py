@@ -234,6 +234,16 @@ def test_a_mirror_learns_the_weights_from_tangents():
     assert variance(method, state, case) < 0.8 * none
 
 
+def test_it_has_less_variance_than_lg_fg_a():
+    network, *case = setting(TINY, 16)
+    plus, plain = fg.recipes.lg_fg_a_plus(network), fg.recipes.lg_fg_a(network, mask=True)
+    state = plus.init(jax.random.key(0), *case)
+    step = jax.jit(lambda key, state: plus.estimate(key, state, *case)[1])
+    for i in range(60):
+        state = step(jax.random.key(i), state)
+    assert variance(plus, state, case) < 0.8 * variance(plain, plain.init(jax.random.key(0), *case), case)
+
+
 def test_what_it_learns_sums_over_microbatches():
     network, params, state, batch = setting(TINY, 4)
     guess = fitted_feedback(0.5)
