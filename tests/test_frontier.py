@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +79,7 @@ def test_hidden_taps_of_a_network_that_has_none_leave_the_exact_gradient():
 
 def test_with_nothing_of_it_it_is_lg_fg_a():
     network, *case = tiny()
-    plain = fg.recipes.lg_fg_a_plus(network, perturbed="all", predictor="none", token_by="activities")
+    plain = fg.recipes.lg_fg_a_plus(network, perturbed="all", predictor="none", token_by="together")
     one, other = (jax.jit(lambda m=m: once(m, *case).grads)() for m in (plain, fg.recipes.lg_fg_a(network, mask=True)))
     assert distance(one, other) == 0
 
@@ -92,7 +93,7 @@ def moved(state, scale=0.3):
 
 
 @pytest.mark.parametrize("predictor", PREDICTORS)
-@pytest.mark.parametrize("token_by", ["weights", "activities"])
+@pytest.mark.parametrize("token_by", ["weights", "activities", "together"])
 def test_it_is_unbiased_with_any_predictor(predictor, token_by):
     """Over all rows of a Hadamard matrix the mean is the gradient of the greedy losses, with feedback that is far from zero."""
     network, params, model_state, batch = tiny()
@@ -111,7 +112,7 @@ def test_it_is_unbiased_with_any_predictor(predictor, token_by):
     last, first = spread["block1"]["layers"]["grouped"], spread["block1"]["layers"]["channel"]
     assert max(jax.tree.leaves(last)) < 1e-11, "right below the loss nothing is estimated"
     # the local gradient is the gradient of the block's own loss, for units that feed one cell
-    certain = predictor == "local" and token_by == "weights"
+    certain = predictor == "local" and token_by != "together"
     assert max(jax.tree.leaves(first)) < 1e-11 if certain else max(jax.tree.leaves(first)) > 1e-4
 
 
@@ -120,6 +121,46 @@ def test_it_goes_back_through_one_linear_layer(predictor):
     network, *case = tiny()
     method = fg.recipes.lg_fg_a_plus(with_streets(network), predictor=predictor)
     assert crossed_by(method, case) == ["block0/grouped", "block1/grouped"], "one hop through the heads"
+
+
+def test_token_mixing_is_displaced_by_whichever_is_fewer():
+    """P weights and a bias of an output patch, or the C features that share them; in a tangent of its own."""
+    kinds = lambda network, **options: [
+        "weights" if part.insertion.weights else part.insertion.taps.only
+        for part in fg.recipes.lg_fg_a_plus(network, **options).parts
+    ]
+    few, many = TINY.network((4, 4, 1), 3), dataclasses.replace(TINY, patches=4).network((4, 4, 1), 3)
+    but_tokens = fg.insertions.Hidden(("token",))
+    assert kinds(few) == [but_tokens, "weights"], "4 + 1 < 8"
+    assert kinds(many) == [but_tokens, "token"], "16 + 1 > 8"
+    assert kinds(many, token_by="weights") == [but_tokens, "weights"]
+    assert kinds(few, token_by="together") == [fg.hidden]
+    patch = dataclasses.replace(TINY, patches=1, blocks=1).network((4, 4, 1), 3)
+    assert kinds(patch) == [fg.hidden], "one patch: no token mixing"
+
+
+def of_channels(found):
+    """Total variance over estimates of the channel layers in which something is displaced, of later blocks."""
+    leaf = found["block1"]["layers"]["channel"]["kernel"]
+    return float(leaf.var(0).sum())
+
+
+def test_tokens_and_channels_in_one_tangent_drown_and_the_docs_say_so():
+    network, *case = setting(TINY, 16)
+    apart = fg.recipes.lg_fg_a_plus(network, predictor="none", token_by="weights")
+    (_, tokens), channels = apart.parts, fg.activations(only=fg.insertions.Hidden(("token",)))
+    both = fg.insertions.Insertion(taps=channels.taps, weights=tokens.insertion.weights)
+    together = dataclasses.replace(apart, parts=(dataclasses.replace(tokens, insertion=both),))
+
+    def spread(method):
+        state = method.init(jax.random.key(0), *case)
+        one = jax.jit(lambda key: method.estimate(key, state, *case)[0].grads)
+        return of_channels(jax.lax.map(one, jax.random.split(jax.random.key(9), 64)))
+
+    assert spread(together) > 3 * spread(apart)
+    said = (Path(__file__).parents[1] / "docs/frontier.md").read_text()
+    assert "never put both into one part" in said
+    assert "drown in each other's noise" in fg.recipes.lg_fg_a_plus.__doc__
 
 
 def test_unknown_choices_are_refused():

@@ -181,3 +181,40 @@ def test_given_directions(spelling):
     by_hand = fg.Guess(lambda key, state, view: {"b0/chan": fg.Named(u, ("batch", "patch", "unit"))})
     found = jax.jit(lambda: [once(run(guess), *problem(1)).grads for guess in (fg.given(table), by_hand)])()
     assert distance(*found) < 1e-14
+
+
+def quadratic(w):
+    return 0.5 * w @ jnp.array([[3.0, 1.0], [1.0, 2.0]]) @ w + jnp.array([0.3, -0.7]) @ w
+
+
+def along_one(probe, draws, guess):
+    """The estimate at one point."""
+    found = fg.value_and_grad(quadratic, guess=guess, insertion="weights", probe=probe, draws=draws)
+    return found(jnp.array([0.4, -1.1]), key=jax.random.key(0))[1]
+
+
+def test_a_difference_along_antithetic_directions_is_exact_for_a_quadratic():
+    u = jnp.array([0.8, -0.5])
+    exact = along_one(fg.jvp, 1, fg.given(u))
+    far = fg.finite_difference(0.5)
+    assert distance(along_one(far, 2, fg.antithetic(fg.given(u))), exact) < 1e-14
+    curved = 0.5 * 0.5 * (u @ jax.hessian(quadratic)(u) @ u)  # ε/2 uᵀ H u
+    assert distance(along_one(far, 1, fg.given(u)), exact + curved * u) < 1e-14
+
+
+@pytest.mark.parametrize("draws", [2, 6])
+def test_of_an_exact_derivative_an_antithetic_pair_is_one_draw(draws):
+    one = along_one(fg.jvp, draws // 2, fg.gaussian())
+    assert distance(along_one(fg.jvp, draws, fg.antithetic(fg.gaussian())), one) < 1e-14
+
+
+def test_antithetic_draws_keep_a_mask_and_the_moments():
+    method = fg.wrappers.with_antithetic_draws(fg.recipes.np_(mixer(1), mask=True, epsilon=1e-4), 2)
+    (part,) = method.parts
+    assert part.draws == 2
+    assert part.guess.mask is not None
+    assert part.guess.isotropic
+    u = propose(fg.antithetic(fg.rademacher()), {"z": site()}, draws=4)["z"].value
+    assert u.shape == (4, N, 5)
+    assert distance(u[2:], -u[:2]) == 0
+    assert distance(u[0], u[1]) > 0

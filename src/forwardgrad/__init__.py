@@ -14,6 +14,7 @@ from forwardgrad.guesses.base import Site as Site
 from forwardgrad.guesses.base import View as View
 from forwardgrad.guesses.given import given as given
 from forwardgrad.guesses.given import masked as masked
+from forwardgrad.guesses.random import antithetic as antithetic
 from forwardgrad.guesses.random import gaussian as gaussian
 from forwardgrad.guesses.random import orthogonal as orthogonal
 from forwardgrad.guesses.random import rademacher as rademacher

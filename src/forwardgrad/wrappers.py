@@ -13,7 +13,7 @@ from forwardgrad.engine import Estimator
 from forwardgrad.errors import InputError
 from forwardgrad.guesses.base import Guess
 from forwardgrad.guesses.given import masked
-from forwardgrad.guesses.random import orthogonal
+from forwardgrad.guesses.random import antithetic, orthogonal
 from forwardgrad.parts import Carry, Info, Part, Update
 from forwardgrad.streaming import Packed
 
@@ -46,6 +46,12 @@ def with_guess(estimator: Estimator, guess: Guess) -> Estimator:
 def with_orthogonal_draws(estimator: Estimator, draws: int) -> Estimator:
     """`draws` orthogonal directions per step; exact with as many as a cell has displaced units (see `orthogonal`)."""
     return with_draws(with_guess(estimator, orthogonal()), draws)
+
+
+def with_antithetic_draws(estimator: Estimator, draws: int) -> Estimator:
+    """`draws` directions per step in pairs u, -u: for parts that measure by finite differences, whose O(ε) error it removes (see `antithetic`)."""
+    pairs = lambda part: dataclasses.replace(part, guess=part.guess and antithetic(part.guess))
+    return with_draws(dataclasses.replace(estimator, parts=tuple(map(pairs, estimator.parts))), draws)
 
 
 def with_predictor(estimator: Estimator, predictor: Guess) -> Estimator:

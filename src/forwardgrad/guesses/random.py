@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import threefry_2x32
 
+from forwardgrad.errors import InputError
 from forwardgrad.guesses.base import Guess, Site, View
 from forwardgrad.named import Named
 
@@ -156,6 +157,31 @@ def orthogonal() -> Guess:
         return out
 
     return Guess(propose, name="orthogonal")
+
+
+def antithetic(guess: Guess) -> Guess:
+    """Directions in pairs u, -u, of any guess: for a measured derivative, where the loss is curved.
+
+    The mean of a pair is d u with d = (f(x + εu) - f(x - εu)) / 2ε: of `probes.finite_difference` the error that is even in ε, of which
+    curvature is the first, is taken out, and O(ε²) is left, for the price of two draws. An exact derivative is odd in u, so that with
+    `probes.jvp` both halves give the same estimate and a pair is worth one draw: never use it there.
+
+    Raises:
+      InputError: (when used) an odd number of draws.
+    """
+
+    def propose(key: jax.Array, state: Any, view: View) -> dict[str, Named]:
+        if view.draws % 2:
+            raise InputError(f"antithetic directions come in pairs: set --draws to an even number, not {view.draws}.")
+        half = view.draws // 2
+        out = {}
+        for name, u in guess.propose(key, state, view._replace(draws=half)).items():
+            axes = ("draw", *(a for a in u.axes if a != "draw"))
+            value = jnp.broadcast_to(u.to(axes), (half, *u.to(axes).shape[1:]))
+            out[name] = Named(jnp.concatenate([value, -value]), axes)
+        return out
+
+    return guess._replace(propose=propose, name=f"antithetic {guess.name}")
 
 
 def _ends(lengths: list[int]):

@@ -78,8 +78,9 @@ class Experiment(Generic[M]):
     the block's own loss, or of one through a random readout, a way back through weights learned from the tangents; none"""
     predictor_rate: float = 0.2
     """lg-fg-a-plus only: rate at which the predictors fitted and average learn"""
-    token_by: Literal["weights", "activities"] = "weights"
-    """lg-fg-a-plus only: what of token mixing is perturbed: its weights, for each example and output patch, or its outputs"""
+    token_by: Literal["fewest", "weights", "activities", "together"] = "fewest"
+    """lg-fg-a-plus only: what of token mixing is perturbed, in a tangent of its own: its weights, for each example and output patch, its
+    outputs, or the fewer of the two; together: its outputs, in the tangent of all others"""
     pixels: Literal["standardised", "symmetric"] = "standardised"
     """inputs: each colour less its mean over the training images, divided by its standard deviation; or scaled to [-1, 1]"""
     flip: bool = False

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
+
 from forwardgrad import descent, insertions, targets
 from forwardgrad.engine import Estimator, Part
 from forwardgrad.errors import unknown
@@ -15,7 +17,7 @@ from forwardgrad.guesses.local import local_gradient
 from forwardgrad.guesses.ntk import ntk
 from forwardgrad.guesses.random import rademacher
 from forwardgrad.guesses.weight_mirror import weight_mirror
-from forwardgrad.network import Network
+from forwardgrad.network import Network, leaf_paths
 from forwardgrad.recipes.base import recipe
 from forwardgrad.recipes.ren2023 import CELLS
 
@@ -41,7 +43,7 @@ def lg_fg_a_plus(
     perturbed: str = "hidden",
     predictor: str = "fitted",
     predictor_rate: float = 0.2,
-    token_by: str = "weights",
+    token_by: str = "fewest",
 ) -> Estimator:
     """`lg-fg-a` with three sources of its noise taken away, and no way back through more than one linear layer.
 
@@ -51,14 +53,15 @@ def lg_fg_a_plus(
       weights, and its units add no noise to the scalar of all others.
     - *a predictor* p: the error through feedback matrices that are fitted to the tangents (`guesses.fitted_feedback`). The variance is that of
       ∇ - p in place of ∇.
-    - *token mixing by its weights*, in a tangent of its own: a direction per example and output patch. A column of P weights that all C features
-      share has P + 1 dimensions where their activities have C. Displaced in one tangent, tokens and channels would drown in each other's noise.
+    - *token mixing in a tangent of its own, by whichever is fewer*: the column of P weights and a bias that makes an output patch, a direction per
+      example, or the C activities that share the column. In one tangent tokens and channels drown in each other's noise, the channel layers
+      most of all where the tokens' weights are displaced.
 
     Total variance of a cell's credits: (D ± 1)|∇ - p|² / K for the D hidden units of a block's channel layer, (P + 1 ± 1)|∇|² / K for a column of
-    token weights. Cost: 1 forward pass, 2 K tangents and the pullback of each layer; with token mixing by activities one tangent per draw. Memory: as
+    token weights. Cost: 1 forward pass, K tangents, K more for token mixing where there is any, and the pullback of each layer. Memory: as
     `lg-fg-a`, the feedback's matrices, and a direction of token weights per example.
 
-    With `perturbed="all"`, `predictor="none"`, `token_by="activities"` this is `lg-fg-a`.
+    With `perturbed="all"`, `predictor="none"`, `token_by="together"` this is `lg-fg-a`.
 
     Args:
       mask: leave out units that their ReLU switches off (Ren et al. 2023, section 3.6).
@@ -67,7 +70,8 @@ def lg_fg_a_plus(
         `ntk`, the gradient of the block's own loss or of one through a random readout (Fournier et al. 2023), and `mirror`, a way back through
         weights learned from the tangents: these three go back through the whole block; `none`.
       predictor_rate: of `fitted` and `average`.
-      token_by: `weights` or `activities`. Networks without a layer called "token" are the same with both.
+      token_by: `weights`, `activities` or `fewest` of the two, in a tangent of their own; `together`: activities, in the tangent of all others.
+        Networks without weights of a layer called "token" are the same with all.
 
     Raises:
       InputError: unknown `perturbed`, `predictor` or `token_by`.
@@ -75,23 +79,35 @@ def lg_fg_a_plus(
     for name, value, known in (
         ("choice of perturbed taps", perturbed, ("hidden", "all")),
         ("predictor", predictor, PREDICTORS),
-        ("token_by", token_by, ("weights", "activities")),
+        ("token_by", token_by, ("fewest", "weights", "activities", "together")),
     ):
         if value not in known:
             raise unknown(name, value, known)
     guess = guess or rademacher()
-    leaves = {
-        leaf: axes
-        for block in network.blocks
-        for leaf, axes in (block.weights or {}).items()
-        if token_by == "weights" and leaf.startswith("token/")
-    }
-    but = ("token",) if leaves else ()
+    tokens = _token_weights(network)
+    but = ("token",) if tokens and token_by != "together" else ()
     only = insertions.Hidden(but) if perturbed == "hidden" else (lambda name: name not in but)
     directions = masked(guess) if mask else guess
     predicted = PREDICTORS[predictor](predictor_rate)
     parts = (Part(directions, insertions.activations(only), CELLS, predictor=predicted, draws=draws),)
-    if leaves:
-        noise = {leaf: ("batch", *axes) for leaf, axes in leaves.items()}
-        parts += (Part(guess, insertions.weights(list(leaves), noise=noise), CELLS, draws=draws),)
+    if but and (token_by == "weights" or (token_by == "fewest" and _fewer_weights(network))):
+        noise = {leaf: ("batch", *axes) for leaf, axes in tokens.items()}
+        parts += (Part(guess, insertions.weights(list(tokens), noise=noise), CELLS, draws=draws),)
+    elif but:
+        parts += (Part(directions, insertions.activations("token"), CELLS, predictor=predicted, draws=draws),)
     return Estimator(network, targets.local(), parts)
+
+
+def _token_weights(network: Network) -> dict[str, tuple[str, ...]]:
+    """`{leaf: axes}` of the weights of token mixing, one block for all: they have the same axes everywhere."""
+    named = (block.weights or {} for block in network.blocks)
+    return {leaf: axes for weights in named for leaf, axes in weights.items() if leaf.startswith("token/")}
+
+
+def _fewer_weights(network: Network) -> bool:
+    """Whether the weights that make an output patch, with its bias, are fewer than the features that share them: inputs of channel mixing."""
+    params = jax.eval_shape(lambda key: network.init(key)[0], jax.random.key(0))
+    inputs = lambda layer: [
+        leaf.shape[0] for path, leaf in leaf_paths(params).items() if path.endswith(f"layers/{layer}/kernel")
+    ]
+    return max(inputs("token")) + 1 < max(inputs("channel")[1:])

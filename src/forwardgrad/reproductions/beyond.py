@@ -1,7 +1,8 @@
 """Not a paper: what `lg-fg-a-plus` adds to `lg-fg-a`, one thing after another, beside the backpropagation that it estimates. Signs as directions.
 
-The rows between the two leave something of `lg-fg-a-plus` out: `hidden` has neither predictor nor weights of token mixing, `predictor` perturbs every
-tap by activities, `token` has no predictor. On MNIST, where an image is one patch and the network one block, there is no token mixing.
+The rows between the two leave something of `lg-fg-a-plus` out: `hidden` has neither predictor nor a tangent for token mixing alone, `predictor`
+perturbs every tap in one tangent, `token` has no predictor. On MNIST, where an image is one patch and the network one block, there is no token
+mixing.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from forwardgrad.reproductions.cells import Cell, Table
 PLUS = {"method": "lg-fg-a-plus"}
 ROWS: dict[str, dict[str, Any]] = {
     "lg-fg-a": {"method": "lg-fg-a"},
-    "hidden": PLUS | {"predictor": "none", "token_by": "activities"},
-    "predictor": PLUS | {"perturbed": "all", "token_by": "activities"},
+    "hidden": PLUS | {"predictor": "none", "token_by": "together"},
+    "predictor": PLUS | {"perturbed": "all", "token_by": "together"},
     "token": PLUS | {"predictor": "none"},
     "lg-fg-a-plus": PLUS,
     "lg-fg-a-plus-2-draws": PLUS | {"draws": 2},
