@@ -109,26 +109,25 @@ def _print(rows: list[dict[str, Any]], held_out: str) -> None:
 def _draw(out: Path, methods: list[str], runs: list[dict[str, Any]], held_out: str, title: str) -> None:
     """`compare.png`: each method's held-out error over epochs, one thin line per seed, and the final errors."""
     from forwardgrad.training.metrics import read
-    from forwardgrad.training.pictures import picture
+    from forwardgrad.training.pictures import picture, style
 
     with picture(out / "compare.png", 1, 2, title, widths=(3, 2)) as panels:
         left, right = panels[0]
         for i, method in enumerate(methods):
-            colour = f"C{i % 10}"
             mine = [r for r in runs if r["method"] == method]
             for j, r in enumerate(mine):
                 ends = [line for line in read(out / f"{method}-seed{r['seed']}" / "metrics.jsonl") if held_out in line]
                 left.plot(
                     [e["epoch"] for e in ends],
                     [e[held_out] for e in ends],
-                    color=colour,
                     linewidth=1,
                     alpha=0.8,
                     label=method if j == 0 else None,
+                    **style(i),
                 )
             final = [r[held_out] for r in mine if r[held_out] is not None]
             if final:
-                right.barh(i, statistics.fmean(final), color=colour, alpha=0.5)
+                right.barh(i, statistics.fmean(final), color=style(i)["color"], alpha=0.5)
                 right.plot(final, [i] * len(final), "|", color="black", markersize=10)
                 right.annotate(
                     f"{statistics.fmean(final):.2f}", (max(final), i), textcoords="offset points", xytext=(6, -3)

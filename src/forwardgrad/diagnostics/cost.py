@@ -220,7 +220,8 @@ def device() -> str:
     if one.platform != "cpu":
         return one.device_kind
     found = re.search(r"model name\s*:\s*(.+)", _read("/proc/cpuinfo"))
-    return f"{found.group(1) if found else one.device_kind}, {len(os.sched_getaffinity(0))} cores"
+    cores = len(os.sched_getaffinity(0))
+    return f"{found.group(1) if found else one.device_kind}, {cores} core{'s' if cores > 1 else ''}"
 
 
 # memory

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from forwardgrad.training.metrics import read
-from forwardgrad.training.pictures import picture
+from forwardgrad.training.pictures import picture, style
 
 POINTS = 200  # of a record's curve, at most
 # key of a record's curve: key of a line of metrics.jsonl
@@ -66,12 +66,11 @@ def draw(path: Path, title: str, quantities: tuple[str, ...], records: list[dict
 def _lines(axes: Any, records: list[dict[str, Any]], rows: list[str], quantity: str) -> None:
     for k, row in enumerate(rows):
         # an empty line puts every method into the key, whichever panel it stands in
-        axes.plot([], [], color=f"C{k % 10}", linestyle="-" if k < 10 else "--", label=row)
+        axes.plot([], [], label=row, **style(k))
         for one in (one for one in records if one["cell"]["row"] == row):
             curve = one["curve"]
             y = [100 - e for e in curve["test_error"]] if quantity == "test_accuracy" else curve[quantity]
             marker = "o" if len(y) < 3 else None
-            style = {"color": f"C{k % 10}", "linestyle": "-" if k < 10 else "--"}
-            axes.plot(curve["epoch"], y, linewidth=1, marker=marker, markersize=3, alpha=0.85, **style)
+            axes.plot(curve["epoch"], y, linewidth=1, marker=marker, markersize=3, alpha=0.85, **style(k))
     if quantity == "train_loss":
         axes.set_yscale("log")

@@ -36,3 +36,8 @@ def picture(path: Path, rows: int, columns: int, title: str, widths: tuple[float
         os.replace(temporary, path)
     finally:
         plt.close(figure)
+
+
+def style(k: int) -> dict[str, str]:
+    """Colour and dashes of the k-th of many lines: ten colours, then the same dashed."""
+    return {"color": f"C{k % 10}", "linestyle": "-" if k % 20 < 10 else "--"}
