@@ -127,6 +127,7 @@ CASES = {
     "sites": (lambda: estimate(insertion=fg.weights(only="q")), "unknown site 'q': known: chan, grp, tok"),
     "step": (lambda: fg.finite_difference(0.0), "must be positive, not 0.0: 1e-3 suits float32, 1e-6 float64"),
     "draws": (lambda: estimate(draws=0), "needs at least one draw, not 0"),
+    "fitted outputs": (lambda: estimate(partition=("batch",), insertion=fg.activations(only="grp"), predictor=fitted_feedback()), "add it to the partition, or take another predictor than fitted feedback"),
     "antithetic": (lambda: estimate(guess=fg.antithetic(fg.rademacher()), draws=3), "in pairs: set --draws to an even number, not 3"),
     "noise": (lambda: fg.wrappers.with_noise(recipes.bp(mixer()), -1.0), "needs a standard deviation of at least 0"),
     "draws, wrapped": (lambda: fg.wrappers.with_draws(recipes.fg_a(mixer()), 0), "needs at least one draw, not 0"),

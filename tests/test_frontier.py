@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 from test_one_way_street import crossed_by, with_streets
-from toynets import CELLS, along, distance, hadamard, mean, once, setting, two_steps
+from toynets import CELLS, along, distance, hadamard, mean, mixer, once, problem, setting, two_steps
 
 import forwardgrad as fg
-from forwardgrad import recipes
+from forwardgrad import Named, recipes
 from forwardgrad.descent import adam
 from forwardgrad.guesses.fitted_feedback import fitted_feedback, relu_and_normalise
+from forwardgrad.guesses.given import relu_mask
 from forwardgrad.guesses.weight_mirror import weight_mirror
+from forwardgrad.models import heads
 from forwardgrad.models.localmixer import LocalMixer
 from forwardgrad.models.mlp import MLP
 from forwardgrad.models.normalisation import normalise
@@ -59,6 +61,57 @@ def test_hidden_taps_are_all_but_those_right_below_a_loss():
     layers = MLP(hidden=(4, 4)).network((4, 4, 1), 3)
     assert chosen(layers, fg.global_loss()) == ["layer0/input"]
     assert chosen(layers, fg.local()) == [], "every tap of it is right below a loss"
+
+
+def skipping(layers=3):
+    """h = σ(a), then layers whose outputs are added to h: from the first tap a skip leads to the loss, and the layers lead to their taps."""
+    names = "abc"[:layers]
+
+    def apply(params, state, h, train):
+        first, *rest = (params[name]["kernel"] for name in names)
+        h = jax.nn.relu(fg.tap(h.reshape(len(h), -1) @ first, "a", "batch unit"))
+        inner = h
+        for name, kernel in zip(names[1:], rest, strict=True):
+            inner = jax.nn.relu(fg.tap(inner @ kernel, name, "batch unit"))
+        return h + inner, state
+
+    def init(key):
+        sizes = [16, *[5] * layers]
+        keys = jax.random.split(key, layers)
+        draw = lambda i: {"kernel": jax.random.normal(keys[i], sizes[i : i + 2]) / sizes[i] ** 0.5}
+        return {name: draw(i) for i, name in enumerate(names)}, ()
+
+    normal = lambda key, shape: jax.random.normal(key, shape) / shape[0] ** 0.5
+    return fg.Network((fg.Block("skip", apply, heads.linear(5, 3, normal), init),))
+
+
+def test_a_tap_from_which_a_skip_leads_to_the_loss_is_displaced():
+    network, batch = skipping(), tiny()[3]
+    params, state = jax.tree.map(lambda x: x.astype(jnp.float64), network.init(jax.random.key(0)))
+    assert chosen(network, fg.global_loss()) == ["skip/a", "skip/b"]
+    method = fg.estimator(
+        with_streets(network),
+        target=fg.global_loss(),
+        guess=fg.rademacher(),
+        insertion=fg.activations(only=fg.hidden),
+        partition=("batch",),
+    )
+    assert crossed_by(method, (params, state, batch)) == ["skip/c"], "one hop"
+
+
+def test_hidden_taps_under_one_loss_are_not_streamed():
+    """A block alone cannot tell which of its taps are right below a loss that another block has."""
+    network, params, state, batch = tiny()
+    method = fg.estimator(
+        network,
+        target=fg.global_loss(),
+        guess=fg.rademacher(),
+        insertion=fg.activations(only=fg.hidden),
+        partition=("batch",),
+    )
+    method = dataclasses.replace(method, executor="streamed")
+    with pytest.raises(fg.InputError, match="only the network as a whole tells which taps are right below its loss"):
+        method.init(jax.random.key(0), params, state, batch)
 
 
 def test_hidden_taps_of_a_network_that_has_none_leave_the_exact_gradient():
@@ -116,10 +169,11 @@ def test_it_is_unbiased_with_any_predictor(predictor, token_by):
     assert max(jax.tree.leaves(first)) < 1e-11 if certain else max(jax.tree.leaves(first)) > 1e-4
 
 
+@pytest.mark.parametrize("token_by", ["weights", "activities", "together"])
 @pytest.mark.parametrize("predictor", ["fitted", "average", "random", "none"])
-def test_it_goes_back_through_one_linear_layer(predictor):
+def test_it_goes_back_through_one_linear_layer(predictor, token_by):
     network, *case = tiny()
-    method = fg.recipes.lg_fg_a_plus(with_streets(network), predictor=predictor)
+    method = fg.recipes.lg_fg_a_plus(with_streets(network), predictor=predictor, token_by=token_by)
     assert crossed_by(method, case) == ["block0/grouped", "block1/grouped"], "one hop through the heads"
 
 
@@ -129,12 +183,14 @@ def test_token_mixing_is_displaced_by_whichever_is_fewer():
         "weights" if part.insertion.weights else part.insertion.taps.only
         for part in fg.recipes.lg_fg_a_plus(network, **options).parts
     ]
-    few, many = TINY.network((4, 4, 1), 3), dataclasses.replace(TINY, patches=4).network((4, 4, 1), 3)
+    few, many = (dataclasses.replace(TINY, channels=c).network((4, 4, 1), 3) for c in (16, 8))
     but_tokens = fg.insertions.Hidden(("token",))
-    assert kinds(few) == [but_tokens, "weights"], "4 + 1 < 8"
-    assert kinds(many) == [but_tokens, "token"], "16 + 1 > 8"
+    assert kinds(few) == [but_tokens, "weights"], "4 + 1 < 16 / 2"
+    assert kinds(many) == [but_tokens, "token"], "4 + 1 > 8 / 2, half of the features are off"
+    assert kinds(many, mask=False) == [but_tokens, "weights"], "4 + 1 < 8"
     assert kinds(many, token_by="weights") == [but_tokens, "weights"]
     assert kinds(few, token_by="together") == [fg.hidden]
+    assert kinds(fg.Network(few.blocks[1:2])) == [but_tokens, "weights"]
     patch = dataclasses.replace(TINY, patches=1, blocks=1).network((4, 4, 1), 3)
     assert kinds(patch) == [fg.hidden], "one patch: no token mixing"
 
@@ -150,14 +206,25 @@ def test_tokens_and_channels_in_one_tangent_drown_and_the_docs_say_so():
     apart = fg.recipes.lg_fg_a_plus(network, predictor="none", token_by="weights")
     (_, tokens), channels = apart.parts, fg.activations(only=fg.insertions.Hidden(("token",)))
     both = fg.insertions.Insertion(taps=channels.taps, weights=tokens.insertion.weights)
-    together = dataclasses.replace(apart, parts=(dataclasses.replace(tokens, insertion=both),))
+    signs = fg.rademacher()
+
+    def propose(key, state, view):
+        """The taps' masked as they are where they are apart."""
+        found = signs.propose(key, state, view)
+        for site in found.keys() & view.taps.keys():
+            z, axes = view.taps[site], ("draw", *view.taps[site].axes)
+            found[site] = Named(found[site].to(axes) * relu_mask(z.value), axes)
+        return found
+
+    guess = signs._replace(propose=propose)
+    together = dataclasses.replace(apart, parts=(dataclasses.replace(tokens, insertion=both, guess=guess),))
 
     def spread(method):
         state = method.init(jax.random.key(0), *case)
         one = jax.jit(lambda key: method.estimate(key, state, *case)[0].grads)
         return of_channels(jax.lax.map(one, jax.random.split(jax.random.key(9), 64)))
 
-    assert spread(together) > 3 * spread(apart)
+    assert spread(together) > 5 * spread(apart)
     said = (Path(__file__).parents[1] / "docs/frontier.md").read_text()
     assert "never put both into one part" in said
     assert "drown in each other's noise" in fg.recipes.lg_fg_a_plus.__doc__
@@ -222,6 +289,61 @@ def test_a_linear_share_is_learned_exactly_and_leaves_no_variance():
     assert distance(estimate.grads, true.grads) < 1e-10, "any single estimate is the gradient"
 
 
+@pytest.mark.parametrize(("units", "on"), [(32, 16), (32, 2), (64, 3), (64, 1)])
+def test_it_settles_with_few_units_on_at_any_rate(units, on):
+    """What a unit learns in a step does not depend on how many others are off."""
+    bias = jnp.where(jnp.arange(units) < on, 6.0, -6.0)
+
+    def apply(params, state, h, train):
+        return jax.nn.relu(fg.tap(h @ params["kernel"] + bias, "z", "batch unit")), state
+
+    normal = lambda key, shape: jax.random.normal(key, shape) / shape[0] ** 0.5
+    init = lambda key: ({"kernel": normal(key, (5, units))}, ())
+    network = fg.Network((fg.Block("a", apply, heads.linear(units, 3, normal), init),))
+    params, state = jax.tree.map(lambda x: x.astype(jnp.float64), network.init(jax.random.key(0)))
+    batch = {"inputs": jax.random.normal(jax.random.key(1), (64, 5), jnp.float64), "labels": jnp.arange(64) % 3}
+    method = fg.estimator(
+        network,
+        target=fg.global_loss(),
+        guess=fg.masked(fg.rademacher()),
+        insertion=fg.activations(),
+        partition=("batch",),
+        predictor=fitted_feedback(1.0, through=jax.nn.relu),
+    )
+    learned = method.init(jax.random.key(0), params, state, batch)
+    step = jax.jit(lambda key, learned: method.estimate(key, learned, params, state, batch)[1])
+    for i in range(60):
+        learned = step(jax.random.key(i), learned)
+    (b,) = learned[0]["global"]["predictor"].values()
+    assert distance(b.to(("unit", "class"))[:on], params["a"]["readout"]["kernel"][:on]) < 1e-6
+
+
+@pytest.mark.parametrize("only", [("chan",), ("tok", "chan", "grp")])
+def test_it_is_taught_by_outputs_that_keep_the_cells_apart(only):
+    """Outputs [batch, patch, group, class], one for each cell: patches teach one matrix, groups where a tap lacks them have each their own."""
+    network, (params, state, batch) = mixer(1), problem(1)
+    method = fg.estimator(
+        network,
+        target=fg.local(),
+        guess=fg.rademacher(),
+        insertion=fg.activations(only=only),
+        partition=CELLS,
+        predictor=fitted_feedback(0.5, through=jax.nn.relu),
+    )
+    start = method.init(jax.random.key(0), params, state, batch)
+    (learned,) = [roles["predictor"] for roles in start[0].values()]
+    expected = {
+        "b0/tok": ("group", "class", "feature"),
+        "b0/chan": ("group", "class", "unit"),
+        "b0/grp": ("class", "group", "channel"),
+    }
+    assert {name: b.axes for name, b in learned.items()} == {f"b0/{name}": expected[f"b0/{name}"] for name in only}
+    step = jax.jit(lambda key, learned: method.estimate(key, learned, params, state, batch))
+    estimate, learned, _ = step(jax.random.key(0), start)
+    assert all(float(jnp.abs(x).max()) > 0 for x in jax.tree.leaves(learned))
+    assert jax.tree.structure(estimate.grads) == jax.tree.structure(params)
+
+
 def test_it_lowers_the_variance_of_localmixer_more_than_a_moving_average():
     network, *case = setting(TINY, 16)
     none = variance(*taught(network, case, None, 1), case)
@@ -282,7 +404,10 @@ def test_it_has_less_variance_than_lg_fg_a():
     step = jax.jit(lambda key, state: plus.estimate(key, state, *case)[1])
     for i in range(60):
         state = step(jax.random.key(i), state)
-    assert variance(plus, state, case) < 0.8 * variance(plain, plain.init(jax.random.key(0), *case), case)
+    found = variance(plus, state, case)
+    assert found < 0.8 * variance(plain, plain.init(jax.random.key(0), *case), case)
+    bare = fg.recipes.lg_fg_a_plus(network, predictor="none")
+    assert found < 0.97 * variance(bare, bare.init(jax.random.key(0), *case), case), "the predictor's own share"
 
 
 def test_what_it_learns_sums_over_microbatches():
@@ -306,10 +431,13 @@ def test_what_it_learns_sums_over_microbatches():
     assert distance(both, run(batch)) < 1e-12
 
 
-def test_streamed_is_whole_and_any_microbatch_is_the_whole_batch():
+@pytest.mark.parametrize("token_by", ["weights", "activities"])
+def test_streamed_is_whole_and_any_microbatch_is_the_whole_batch(token_by):
     network, params, state, batch = setting(TINY, 4)
     methods = [
-        dataclasses.replace(fg.recipes.lg_fg_a_plus(network), executor=executor, microbatch=microbatch)
+        dataclasses.replace(
+            fg.recipes.lg_fg_a_plus(network, token_by=token_by), executor=executor, microbatch=microbatch
+        )
         for executor, microbatch in (("whole", None), ("streamed", None), ("streamed", 2))
     ]
     whole, *others = (two_steps(method, params, state, batch) for method in methods)

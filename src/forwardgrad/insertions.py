@@ -13,10 +13,10 @@ from forwardgrad.named import axis_names
 
 @dataclasses.dataclass(frozen=True)
 class Hidden:
-    """All taps but those right below a loss: from which a loss is reached past no other tap, passive ones apart, and no cut.
+    """All taps but those right below a loss: from which every way leads to a loss, or to a cut, past no other tap, passive ones apart.
 
     The layer below such a tap then gets the exact gradient of that loss. It costs one hop backwards through the head's weights,
-    and takes this layer's noise out of the scalars of all others.
+    and takes this layer's noise out of the scalars of all others. A tap from which a skip leads to the loss, and another way to a tap, is displaced.
 
     Attributes:
       but: names within the block that are left out too, e.g. those of a layer that another part displaces by its weights.

@@ -252,23 +252,23 @@ class Runner:
                 terms[i] = term_of(block, params[block.name]["readout"], h, batch)
         return Ran(terms, records, new_state, h)
 
-    def ends_at(self, i: int, name: str | None) -> bool:
-        """Whether what block `i` gives depends on its tap `name` otherwise than through another tap that is not passive; `None`: on its input."""
+    def leads(self, i: int, name: str | None) -> tuple[bool, bool]:
+        """What in block `i` depends on its tap `name` (`None`: on its input) past no other active tap: what it gives; any other active tap."""
         program = self.programs[i]
         args = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in program.closed.in_avals]
         others = {other for other in program.taps if other not in (name, *program.passive)}
-        if name is None:
-            flags = [False] * (len(args) - self.inputs[i]) + [True] * self.inputs[i]
-            return any(jax.tree.leaves(taps.reached(program, flags, others)[0]))
         records = jax.eval_shape(lambda *args: taps.evaluate(program, args, taps.record)[1], *args)
-        tapped = records[name].value
+        start = [] if name is None else [records[name].value]
 
-        def after(z: jax.Array, *args: Any) -> Any:
-            again = lambda this, axes, value: (None, z if this == name else taps.tap(value, this, axes))
-            return taps.evaluate(program, args, again)[0]
+        def after(*args: Any) -> Any:
+            def visit(this: str, axes: tuple[str, ...], value: jax.Array) -> tuple[Any, jax.Array]:
+                return value if this in others else None, args[0] if this == name else taps.tap(value, this, axes)
 
-        out, _ = taps.reached(taps.trace(after, tapped, *args), [True], others)
-        return any(jax.tree.leaves(out))
+            return taps.evaluate(program, args[len(start) :], visit)
+
+        flags = [False] * (len(args) - self.inputs[i]) + [True] * self.inputs[i] if name is None else [True]
+        out, seen = taps.reached(taps.trace(after, *start, *args), flags, others)
+        return any(jax.tree.leaves(out)), any(jax.tree.leaves(seen))
 
     def _program(self, i: int, args: Any) -> taps.Program:
         leaves, structure = jax.tree.flatten(args)

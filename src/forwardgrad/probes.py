@@ -24,9 +24,10 @@ jvp = Probe("jvp", jax.jvp, True)
 
 
 def finite_difference(epsilon: float = 1e-3) -> Probe:
-    """`(f(x + εu) - f(x)) / ε`: classical weight and node perturbation. Biased by O(ε), rounding error O(1e-7 / ε) in float32.
+    """`(f(x + εu) - f(x)) / ε`: classical weight and node perturbation. Rounding error O(1e-7 / ε) in float32.
 
-    One more forward pass per draw. `fg.antithetic` pairs of draws make it the central difference, biased by O(ε²). A difference of values
+    Each measurement errs by O(ε), the estimate along symmetric directions is biased by O(ε²): curvature is even in u, and averages out.
+    One more forward pass per draw. `fg.antithetic` pairs of draws make it the central difference, which errs by O(ε²). A difference of values
     crosses `stop_gradient`, so that it serves global losses only.
     """
     if not epsilon > 0:

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from forwardgrad import credit, taps
+from forwardgrad.insertions import Hidden
 from forwardgrad.named import Named
 from forwardgrad.network import Block, Network, complete, leaf_paths, term_of
 from forwardgrad.parts import Carry, Info, Update, learn
@@ -98,7 +99,10 @@ def why_not(method: Method, params: Any, model_state: Any, batch: Mapping[str, A
             return f"the {part.rule.name} rule needs the length of the whole direction"
         if not part.probe.exact:
             return f"a {part.probe.name} amplifies rounding errors from block to block"
-        if part.insertion.weights is not None and "batch" in part.insertion.weights.extra:
+        if part.insertion.taps is not None and isinstance(part.insertion.taps.only, Hidden):
+            return "only the network as a whole tells which taps are right below its loss"
+        weights = part.insertion.weights
+        if weights is not None and any("batch" in axes for axes in (weights.extra, *(weights.noise or {}).values())):
             return "a displacement of weights per example runs one example at a time"
     return _passage(method, params, model_state, batch)
 

@@ -198,17 +198,19 @@ class Step:
 
     @functools.cached_property
     def below_loss(self) -> set[str]:
-        """Taps from which a loss is reached past no other tap and no cut, passive taps apart."""
+        """Taps from which every way leads to a loss, or to a cut, past no other tap, passive taps apart."""
         out: set[str] = set()
-        for last in self.terms:
-            i = last
-            while True:
-                own = {site: name for site, (position, name) in self.run.where.items() if position == i}
-                active = [site for site in own if site not in self.run.passive]
-                out |= {site for site in active if self.run.ends_at(i, own[site])}
-                if i == 0 or i in self.run.cuts or not self.run.ends_at(i, None):
-                    break
-                i -= 1
+        for site, (i, name) in self.run.where.items():
+            if site in self.run.passive:
+                continue
+            ends, on = self.run.leads(i, name)
+            lost = ends and i in self.terms
+            while ends and not on and i + 1 < len(self.network.blocks) and i + 1 not in self.run.cuts:
+                i += 1
+                ends, on = self.run.leads(i, None)
+                lost = lost or (ends and i in self.terms)
+            if lost and not on:
+                out.add(site)
         return out
 
     def landings(self, part: Part) -> dict[str, str]:
@@ -421,14 +423,19 @@ class Step:
                 )
             where = {site: a.index("batch") for site, a in axes.items() if "batch" in a}
             fixed = {site: e for site, e in eps.items() if site not in where}
+            examples = {t: tuple(named.axes.index("batch") for named in term) for t, term in self.terms.items()}
 
             def example(moving: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> Any:
                 # taps keep a batch axis of length one, weights lose theirs
                 moving = {s: e if s in per_example else jnp.expand_dims(e, where[s]) for s, e in moving.items()}
                 one = jax.tree.map(lambda x: x[None], batch)
-                return jax.tree.map(lambda x: x[0], tangent({**fixed, **moving}, one))
+                terms, hidden, seen = tangent({**fixed, **moving}, one)
+                alone = {t: tuple(map(jnp.squeeze, term, examples[t])) for t, term in terms.items()}
+                return alone, jax.tree.map(lambda x: x[0], hidden), seen
 
-            return jax.vmap(example, in_axes=(where, 0))({site: eps[site] for site in where}, dict(self.batch))
+            return jax.vmap(example, in_axes=(where, 0), out_axes=(examples, 0, 0))(
+                {site: eps[site] for site in where}, dict(self.batch)
+            )
 
         values_of_u = {site: direction.value for site, direction in u.items()}
         draws = None if u else part.draws  # without a direction nothing else says how many

@@ -44,7 +44,7 @@ def with_guess(estimator: Estimator, guess: Guess) -> Estimator:
 
 
 def with_orthogonal_draws(estimator: Estimator, draws: int) -> Estimator:
-    """`draws` orthogonal directions per step; exact with as many as a cell has displaced units (see `orthogonal`)."""
+    """`draws` orthogonal directions per step; exact with as many as a slice of what all taps share has units (see `orthogonal`)."""
     return with_draws(with_guess(estimator, orthogonal()), draws)
 
 

@@ -38,7 +38,7 @@ class Sample(NamedTuple):
 
 
 def fitted_feedback(
-    rate: float = 0.2, *, through: Through = relu_and_normalise, shared: tuple[str, ...] = ("patch",)
+    rate: float = 0.4, *, through: Through = relu_and_normalise, shared: tuple[str, ...] = ("patch",)
 ) -> Guess:
     """p = J_yᵀ (e B), B fitted by least squares to the tangents of each cell's share of the outputs.
 
@@ -47,18 +47,19 @@ def fitted_feedback(
 
         d[n, c] = Σ_sites ∂s[n, c]/∂y v    and is fitted by    Σ_sites v B,
 
-    n the example, c the cell. B descends the mean over examples, cells along `shared` and draws of ½ D |d - Σ v B|² / |v|², |v|² summed over the D
-    units that the cell sees (normalised least mean squares), from zero:
+    n the example, c the cell. B descends the mean over examples, cells along `shared` and draws of ½ D |d - Σ v B|² / |v|², from zero:
 
-        B <- B + α · mean (d - Σ v B) ⊗ v D / |v|²,    α = rate / (1 + D/M),
+        B <- B + α · mean (d - Σ v B) ⊗ v D[n, c] / |v[n, c]|²,    α = rate / (1 + D/M),
 
-    M the cells that teach one B. Where the shares depend on y linearly and alike in all cells, B becomes their Jacobian and the prediction exact;
-    else it becomes the best linear fit. The normalisation keeps cells whose `through` is steep from deciding alone: what a step multiplies the
-    error of B by has eigenvalues 1 - α λ, λ those of the mean of v vᵀ D / |v|², whose trace is D; for independent directions λ is at most about
-    (1 + √(D/M))² <= 2 (1 + D/M), so that it does not grow for rates up to 1.
+    |v|² summed over the units that the cell sees, D[n, c] how many of them are displaced and on, D its mean, M the cells that teach one B. Where
+    the shares depend on y linearly and alike in all cells, B becomes their Jacobian and the prediction exact; else it becomes the best
+    linear fit. A step multiplies the error of B by 1 - α λ, λ the eigenvalues of the mean of v vᵀ D / |v|². For independent signs, and y a ReLU of z,
+    the mean's expectation is diagonal: the share of cells in which a unit is on, at most 1; chance in M cells adds at most about D/M times
+    2, so that the error does not grow for rates up to 1. A normalisation in `through` takes two of the D dimensions away: λ <= D / (D - 2).
 
-    Cost: per draw and site two products like the head's, one as large again for e B. State: [cells that the site lacks, class, units] per
-    layer, units without those of other examples and of shared axes. As a predictor of a random guess it leaves the estimate unbiased.
+    Cost: per draw and site two products like the head's, one as large again for e B; a site that lacks an axis of the cells, as token mixing
+    lacks groups, has them for each of their slices. State: [cells that the site lacks, class, units] per layer, units without those of other examples
+    and of shared axes. As a predictor of a random guess it leaves the estimate unbiased.
 
     Args:
       rate: between 0 and 1.
@@ -67,15 +68,24 @@ def fitted_feedback(
       shared: axes of the loss along which cells teach, and use, one B where the site has them too.
 
     Raises:
-      InputError: a rate that is not between 0 and 1; (when used) a part without directions, or sites that are weights.
+      InputError: a rate that is not between 0 and 1; (when used) a part without directions, sites that are weights, or that have an axis of the
+        outputs along which the partition does not keep losses apart.
     """
     if not 0 < rate <= 1:
         raise InputError(f"the rate of fitted feedback must be between 0 and 1, not {rate}: set --predictor-rate.")
+    mask = relu_mask if through in (jax.nn.relu, relu_and_normalise) else None
+
+    def cell_axes(view: View) -> tuple[str, ...]:
+        """Axes that tell cells apart, of the shares; the rest are those of an output."""
+        outputs = view.outputs.axes
+        return tuple(a for a in view.shares.axes if a == "batch" or a in view.partition or a not in outputs)
 
     def axes(site: Site, view: View) -> tuple[str, ...]:
-        classes = tuple(a for a in view.outputs.axes if a != "batch")
-        cells = tuple(a for a in view.shares.axes if a not in (*view.outputs.axes, *site.axes))
-        return (*cells, *classes, *(a for a in site.axes if a != "batch" and a not in shared))
+        apart = cell_axes(view)
+        lacking = tuple(a for a in apart if a not in ("batch", *site.axes))
+        classes = tuple(a for a in view.outputs.axes if a not in apart)
+        together = [a for a in shared if a in apart]
+        return (*lacking, *classes, *(a for a in site.axes if a != "batch" and a not in together))
 
     def init(key: jax.Array, view: View) -> dict[str, Named]:
         out = {}
@@ -86,6 +96,12 @@ def fitted_feedback(
                 )
             sizes = {**view.shares.sizes, **dict(zip(site.axes, site.shape, strict=True))}
             own = axes(site, view)
+            twice = [a for a in own if own.count(a) > 1]
+            if twice:
+                raise InputError(
+                    f"{twice[0]!r} is an axis of the outputs and of {name!r}, along which losses are not kept apart: add it to the partition, or "
+                    "take another predictor than fitted feedback."
+                )
             out[name] = Named(jnp.zeros([sizes[a] for a in own], view.outputs.value.dtype), own)
         return out
 
@@ -93,12 +109,12 @@ def fitted_feedback(
         out = {}
         for name, site in view.sites.items():
             b, z = state[name], view.taps[name]
-            cells = tuple(a for a in b.axes if a in view.shares.axes and a not in (*view.outputs.axes, *site.axes))
-            full = (*cells, *site.axes)
+            lacking = tuple(a for a in b.axes if a in cell_axes(view) and a not in site.axes)
+            full = (*lacking, *site.axes)
             sent = contract(full, view.error, b)
-            shape = (*(b.sizes[a] for a in cells), *site.shape)
+            shape = (*(b.sizes[a] for a in lacking), *site.shape)
             back = jax.vjp(through, z.value)[1]
-            for _ in cells:
+            for _ in lacking:
                 back = jax.vmap(back)
             (value,) = back(jnp.broadcast_to(sent.to(full), shape).astype(z.value.dtype))
             out[name] = Named(value, full)
@@ -111,30 +127,33 @@ def fitted_feedback(
             )
         rest = du["shares"]
         weight = Named(view.batch["weight"] / view.draws, ("batch",))
-        apart = tuple(a for a in rest.axes if a == "draw" or a not in view.outputs.axes or a == "batch")
+        apart = tuple(a for a in rest.axes if a == "draw" or a in cell_axes(view))
         like = lambda named, axes: jnp.broadcast_to(named.to(axes), [rest.sizes[a] for a in axes])
-        moved, length = {}, jnp.zeros([rest.sizes[a] for a in apart], rest.value.dtype)
+        moved, length, units = {}, *[jnp.zeros([rest.sizes[a] for a in apart], rest.value.dtype)] * 2
         for name, site in view.sites.items():
-            forward = jax.vmap(lambda t, z=view.taps[name].value: jax.jvp(through, (z,), (t,))[1])
-            v = moved[name] = Named(forward(u[name].to(("draw", *site.axes))), ("draw", *site.axes))
+            z = view.taps[name].value
+            along = jnp.broadcast_to(u[name].to(("draw", *site.axes)), (view.draws, *site.shape))
+            forward = jax.vmap(lambda t, z=z: jax.jvp(through, (z,), (t,))[1])
+            v = moved[name] = Named(forward(along), ("draw", *site.axes))
+            on = along != 0 if mask is None else (along != 0) & (mask(z) != 0)
             length += like(contract(apart, v, v), apart)
+            units += like(Named(on.astype(rest.value.dtype), v.axes).sum_to(apart), apart)
             rest = Named(rest.value - like(contract(rest.axes, v, state[name]), rest.axes), rest.axes)
-        units = sum(math.prod(n for a, n in b.sizes.items() if a not in rest.axes) for b in state.values())
-        rest = contract(
-            rest.axes, rest, Named(jnp.where(length > 0, units / jnp.where(length > 0, length, 1), 0), apart)
-        )
+        scale = Named(jnp.where(length > 0, units / jnp.where(length > 0, length, 1), 0), apart)
+        rest = contract(rest.axes, rest, scale)
         gradient = {}
         for name, b in state.items():
             together = math.prod(n for a, n in rest.sizes.items() if a in shared and a not in b.axes)
             mean = contract(rest.axes, rest, Named(weight.value / together, ("batch",)))
             gradient[name] = Named(contract(b.axes, mean, moved[name]).value.astype(b.value.dtype), b.axes)
-        count = view.draws * math.prod(n for a, n in rest.sizes.items() if a in shared)
-        return Sample(gradient, units * view.batch["weight"].sum(), count * jnp.ones_like(weight.value).sum())
+        lacked = [a for a in rest.axes if a in shared and all(a not in b.axes for b in state.values())]
+        count = view.draws * math.prod(rest.sizes[a] for a in lacked)
+        each = Named(units, apart).sum_to(("batch",)).value * (units.shape[apart.index("batch")] / units.size)
+        return Sample(gradient, (each * view.batch["weight"]).sum(), count * jnp.ones_like(weight.value).sum())
 
     def update(state: Mapping[str, Named], seen: Sample) -> dict[str, Named]:
         alpha = rate / (1 + seen.units / seen.cells)
         step = lambda b, gradient: Named(b.value + (alpha * gradient.value).astype(b.value.dtype), b.axes)
         return {name: step(b, seen.gradient[name]) for name, b in state.items()}
 
-    mask = relu_mask if through in (jax.nn.relu, relu_and_normalise) else None
     return Guess(propose, init, observe, update, name="fitted feedback", mask=mask, isotropic=False)

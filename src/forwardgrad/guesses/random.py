@@ -120,7 +120,8 @@ def orthogonal() -> Guess:
 
     A cell is a slice of the axes that all sites of the part share with the partition; its D units are the noise of all sites in that
     slice, jointly. The draws of a step are orthogonal in each cell; with D draws the mean of d u is the gradient exactly, with K < D draws
-    the total variance is (D / K - 1)|∇|². More draws than D start a new set. Cost: a QR factorisation of [D, draws] per cell.
+    the total variance is (D / K - 1)|∇|². D counts units that a mask then leaves out, which have a gradient of zero: with m of D on, one draw has
+    the variance (D (m + 2) / (D + 2) - 1)|∇|². More draws than D start a new set. Cost: a QR factorisation of [D, draws] per cell.
     """
 
     def propose(key: jax.Array, state: tuple[()], view: View) -> dict[str, Named]:

@@ -18,7 +18,7 @@ from forwardgrad.recipes.base import recipe
 def wp(network: Network, *, guess: Guess | None = None, draws: int = 1, epsilon: float = 1e-3) -> Estimator:
     """Classical weight perturbation: `fg-w` with the finite difference (L(w + εv) - L(w)) / ε (Jabri & Flower 1992).
 
-    Biased by O(ε). Cost: 1 + K passes; no derivative is ever taken but the last layer's.
+    Errs by O(ε), biased by O(ε²). Cost: 1 + K passes; no derivative is ever taken but the last layer's.
     """
     return estimator(
         network,
@@ -36,7 +36,7 @@ def np_(
 ) -> Estimator:
     """Classical node perturbation: `fg-a` with the finite difference (L(z + εu) - L(z)) / ε (Le Cun et al. 1988; Widrow & Lehr 1990).
 
-    Biased by O(ε). Cost: K + 2 passes.
+    Errs by O(ε), biased by O(ε²). Cost: K + 2 passes.
     """
     guess = guess or rademacher()
     return estimator(

@@ -33,7 +33,7 @@ PREDICTORS: dict[str, Callable[[float], Guess | None]] = {
 """From the rate of those that learn to the predictor of a block's taps."""
 
 
-@recipe("ren2023", "bacho2023", passes=lambda draws: 2 + 2 * draws)
+@recipe("ren2023", "bacho2023", passes=lambda draws: 3 + 2 * draws)
 def lg_fg_a_plus(
     network: Network,
     *,
@@ -42,7 +42,7 @@ def lg_fg_a_plus(
     mask: bool = True,
     perturbed: str = "hidden",
     predictor: str = "fitted",
-    predictor_rate: float = 0.2,
+    predictor_rate: float = 0.4,
     token_by: str = "fewest",
 ) -> Estimator:
     """`lg-fg-a` with three sources of its noise taken away, and no way back through more than one linear layer.
@@ -53,15 +53,17 @@ def lg_fg_a_plus(
       weights, and its units add no noise to the scalar of all others.
     - *a predictor* p: the error through feedback matrices that are fitted to the tangents (`guesses.fitted_feedback`). The variance is that of
       ∇ - p in place of ∇.
-    - *token mixing in a tangent of its own, by whichever is fewer*: the column of P weights and a bias that makes an output patch, a direction per
-      example, or the C activities that share the column. In one tangent tokens and channels drown in each other's noise, the channel layers
-      most of all where the tokens' weights are displaced.
+    - *token mixing in a tangent of its own, by whichever is fewer*: the column of P weights and a bias that makes an output patch, a direction
+      per example, or the activities that share the column: C features, about C/2 where those that are off are left out. In one tangent tokens
+      and channels drown in each other's noise, the channel layers most of all where the tokens' weights are displaced.
 
     Total variance of a cell's credits: (D ± 1)|∇ - p|² / K for the D hidden units of a block's channel layer, (P + 1 ± 1)|∇|² / K for a column of
-    token weights. Cost: 1 forward pass, K tangents, K more for token mixing where there is any, and the pullback of each layer. Memory: as
-    `lg-fg-a`, the feedback's matrices, and a direction of token weights per example.
+    token weights. Cost: 1 forward pass, K tangents, and the pullback of each layer; where there is token mixing K tangents more, and by
+    weights, which run one example at a time, a forward pass for them. Memory: as `lg-fg-a`, the feedback's matrices, a direction of token
+    weights per example; a prediction for token activities has their size times the groups.
 
-    With `perturbed="all"`, `predictor="none"`, `token_by="together"` this is `lg-fg-a`.
+    With `perturbed="all"`, `predictor="none"`, `token_by="together"` this is `lg-fg-a` with its mask. On networks with skips past a tap,
+    which LocalMixer does not have, `hidden` leaves fewer taps out (see `insertions.Hidden`).
 
     Args:
       mask: leave out units that their ReLU switches off (Ren et al. 2023, section 3.6).
@@ -90,7 +92,7 @@ def lg_fg_a_plus(
     directions = masked(guess) if mask else guess
     predicted = PREDICTORS[predictor](predictor_rate)
     parts = (Part(directions, insertions.activations(only), CELLS, predictor=predicted, draws=draws),)
-    if but and (token_by == "weights" or (token_by == "fewest" and _fewer_weights(network))):
+    if but and (token_by == "weights" or (token_by == "fewest" and _fewer_weights(network, mask))):
         noise = {leaf: ("batch", *axes) for leaf, axes in tokens.items()}
         parts += (Part(guess, insertions.weights(list(tokens), noise=noise), CELLS, draws=draws),)
     elif but:
@@ -104,10 +106,11 @@ def _token_weights(network: Network) -> dict[str, tuple[str, ...]]:
     return {leaf: axes for weights in named for leaf, axes in weights.items() if leaf.startswith("token/")}
 
 
-def _fewer_weights(network: Network) -> bool:
-    """Whether the weights that make an output patch, with its bias, are fewer than the features that share them: inputs of channel mixing."""
+def _fewer_weights(network: Network, mask: bool) -> bool:
+    """Whether the weights that make an output patch, with its bias, are fewer than the features that share them and are displaced."""
     params = jax.eval_shape(lambda key: network.init(key)[0], jax.random.key(0))
-    inputs = lambda layer: [
-        leaf.shape[0] for path, leaf in leaf_paths(params).items() if path.endswith(f"layers/{layer}/kernel")
-    ]
-    return max(inputs("token")) + 1 < max(inputs("channel")[1:])
+    for leaves in (leaf_paths(params[block.name]["layers"]) for block in network.blocks):
+        if {"token/kernel", "channel/kernel"} <= set(leaves):
+            weights, features = leaves["token/kernel"].shape[0] + 1, leaves["channel/kernel"].shape[0]
+            return weights < (features / 2 if mask else features)
+    return False
