@@ -444,3 +444,25 @@ def test_streamed_is_whole_and_any_microbatch_is_the_whole_batch(token_by):
     for other in others:
         assert distance([e.grads for e in other[0]], [e.grads for e in whole[0]]) < 1e-11
         assert distance(other[1], whole[1]) < 1e-11
+
+
+@pytest.mark.parametrize("which", ["tokens", "all weights", "weights and taps"])
+def test_weights_per_example_move_the_taps_after_them(which, monkeypatch):
+    """The tangents are those of the network run one example at a time, and its primal is that of the whole batch."""
+    network, params, state, batch = tiny() if which == "tokens" else (mixer(2), *problem(2))
+    if which == "tokens":
+        method = fg.recipes.lg_fg_a_plus(network, token_by="weights")
+    else:
+        displaced = (
+            fg.weights(only=("tok", "chan"), per_example=True) if "taps" in which else fg.weights(per_example=True)
+        )
+        displaced = displaced._replace(taps=fg.activations(only="grp").taps) if "taps" in which else displaced
+        method = fg.estimator(
+            network, target=fg.local(), guess=fg.gaussian(), insertion=displaced, partition=CELLS, draws=2
+        )
+    found = once(method, params, state, batch)
+    asked = []
+    monkeypatch.setattr(Step, "at_taps", lambda self, u: asked.append(sorted(u)))
+    whole = once(method, params, state, batch)
+    assert asked
+    assert distance(found.grads, whole.grads) < 1e-12

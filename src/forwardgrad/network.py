@@ -7,7 +7,7 @@ estimators may displace the layers, a readout always gets its exact gradient, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -252,23 +252,32 @@ class Runner:
                 terms[i] = term_of(block, params[block.name]["readout"], h, batch)
         return Ran(terms, records, new_state, h)
 
-    def leads(self, i: int, name: str | None) -> tuple[bool, bool]:
-        """What in block `i` depends on its tap `name` (`None`: on its input) past no other active tap: what it gives; any other active tap."""
+    def leads(self, i: int, source: str | Sequence[bool], passive: bool = False) -> tuple[bool, set[str]]:
+        """What in block `i` depends on something past no other tap: whether what it gives does, and names of the taps that do.
+
+        Args:
+          source: a tap's name; or for each leaf of the block's layers, state and input whether it is asked about.
+          passive: whether passive taps are taps here.
+        """
         program = self.programs[i]
         args = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in program.closed.in_avals]
-        others = {other for other in program.taps if other not in (name, *program.passive)}
+        others = {name for name in program.taps if name != source and (passive or name not in program.passive)}
         records = jax.eval_shape(lambda *args: taps.evaluate(program, args, taps.record)[1], *args)
-        start = [] if name is None else [records[name].value]
+        start, flags = ([records[source].value], [True]) if isinstance(source, str) else ([], source)
 
         def after(*args: Any) -> Any:
-            def visit(this: str, axes: tuple[str, ...], value: jax.Array) -> tuple[Any, jax.Array]:
-                return value if this in others else None, args[0] if this == name else taps.tap(value, this, axes)
+            def visit(name: str, axes: tuple[str, ...], value: jax.Array) -> tuple[Any, jax.Array]:
+                return value if name in others else None, args[0] if name == source else taps.tap(value, name, axes)
 
             return taps.evaluate(program, args[len(start) :], visit)
 
-        flags = [False] * (len(args) - self.inputs[i]) + [True] * self.inputs[i] if name is None else [True]
         out, seen = taps.reached(taps.trace(after, *start, *args), flags, others)
-        return any(jax.tree.leaves(out)), any(jax.tree.leaves(seen))
+        return any(jax.tree.leaves(out)), {name for name, hit in seen.items() if hit}
+
+    def input_flags(self, i: int) -> list[bool]:
+        """For `leads`: what depends on the block's input."""
+        leaves = len(self.programs[i].closed.in_avals)
+        return [False] * (leaves - self.inputs[i]) + [True] * self.inputs[i]
 
     def _program(self, i: int, args: Any) -> taps.Program:
         leaves, structure = jax.tree.flatten(args)

@@ -207,7 +207,7 @@ class Step:
             lost = ends and i in self.terms
             while ends and not on and i + 1 < len(self.network.blocks) and i + 1 not in self.run.cuts:
                 i += 1
-                ends, on = self.run.leads(i, None)
+                ends, on = self.run.leads(i, self.run.input_flags(i))
                 lost = lost or (ends and i in self.terms)
             if lost and not on:
                 out.add(site)
@@ -372,24 +372,71 @@ class Step:
 
     def displaced(self, eps: Mapping[str, Named], batch: Mapping[str, Any] | None = None) -> Ran:
         """A run with sites displaced by `eps`, its taps' displaced activations as records; an axis that a displacement lacks shares it."""
-        flat, moved = leaf_paths(self.params), {}
-        for site, move in eps.items():
-            if site not in self.taps:
-                block, leaf = site.split("#", 1)
-                path = _leaf_path(block, leaf)
-                moved[path] = flat[path] + move.to(self._weight_axes(block, leaf, move.axes)).astype(flat[path].dtype)
         displace = taps.displace({site: move for site, move in eps.items() if site in self.taps})
 
         def visit(name: str, axes: tuple[str, ...], z: jax.Array) -> tuple[Named, jax.Array]:
             _, z = displace(name, axes, z)
             return Named(z, axes), z
 
-        return self.run(with_leaves(self.params, moved), visit, batch=batch)
+        return self.run(self._moved(eps), visit, batch=batch)
+
+    def _moved(self, eps: Mapping[str, Named]) -> Any:
+        """Parameters displaced by what `eps` holds for weights."""
+        flat, moved = leaf_paths(self.params), {}
+        for site, move in eps.items():
+            if site not in self.taps:
+                block, leaf = site.split("#", 1)
+                path = _leaf_path(block, leaf)
+                moved[path] = flat[path] + move.to(self._weight_axes(block, leaf, move.axes)).astype(flat[path].dtype)
+        return with_leaves(self.params, moved)
+
+    def at_taps(self, u: Mapping[str, Named]) -> dict[str, Named] | None:
+        """Tangents of the taps that weights displaced per example reach past no other tap.
+
+        Displacing these taps by them moves all that follows as the weights do. The network runs one example at a time under `vmap`, but only
+        as far as these taps: what follows has one primal with the rest of the step.
+
+        Args:
+          u: directions with axes draw and batch, by site of a weight.
+
+        Returns:
+          `{tap: Named}`, axis draw first; None where a way leads past all taps, or to one without a batch axis.
+        """
+        found: set[str] = set()
+        for i, block in enumerate(self.network.blocks):
+            leaves = [f"{block.name}#{path}" in u for path in leaf_paths(self.params[block.name]["layers"])]
+            if not any(leaves):
+                continue
+            rest = len(self.run.programs[i].closed.in_avals) - len(leaves)
+            ends, names = self.run.leads(i, [*leaves, *[False] * rest], passive=True)
+            sites = {site for site, where in self.run.where.items() if where[0] == i and where[1] in names}
+            if ends or any("batch" not in self.taps[site].axes for site in sites):
+                return None
+            found |= sites
+        axes = {site: direction.axes[1:] for site, direction in u.items()}
+        where = {site: own.index("batch") for site, own in axes.items()}
+        places = {site: self.taps[site].axes.index("batch") for site in sorted(found)}
+
+        def one_draw(eps: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            def example(eps: dict[str, jax.Array], batch: dict[str, Any]) -> dict[str, jax.Array]:
+                one = jax.tree.map(lambda x: x[None], batch)
+                own = lambda eps: {s: Named(e, tuple(a for a in axes[s] if a != "batch")) for s, e in eps.items()}
+                records = lambda eps: self.run(self._moved(own(eps)), taps.cut(self.taps), batch=one).records
+                values = lambda eps: {
+                    site: jnp.squeeze(records(eps)[site].value, place) for site, place in places.items()
+                }
+                return jax.jvp(values, (jax.tree.map(jnp.zeros_like, eps),), (eps,))[1]
+
+            return jax.vmap(example, in_axes=(where, 0), out_axes=places)(eps, dict(self.batch))
+
+        out = jax.vmap(one_draw)({site: direction.value for site, direction in u.items()})
+        return {site: Named(value, ("draw", *self.taps[site].axes)) for site, value in out.items()}
 
     def push(self, part: Part, u: Mapping[str, Named], inputs: Any = None) -> Pushed:
         """Tangents along the directions, with a leading draw axis.
 
-        A weight direction with a batch axis runs the network one example at a time under `vmap`.
+        A weight direction with a batch axis runs the network one example at a time under `vmap`: as far as the taps after the weight where there are
+        some and derivatives are exact, else as a whole.
 
         Args:
           part: whose probe measures.
@@ -398,6 +445,18 @@ class Step:
         """
         axes = {site: direction.axes[1:] for site, direction in u.items()}
         per_example = {site: a.index("batch") for site, a in axes.items() if site not in self.taps and "batch" in a}
+        if per_example and any("batch" not in term.cells.axes for term in self.terms.values()):
+            raise InputError(
+                "a displacement per example needs one loss per example: return a vector of losses, not their mean."
+            )
+        if per_example and part.probe.exact and inputs is None:
+            moved = self.at_taps({site: u[site] for site in per_example})
+            if moved is not None:
+                both = {site: direction for site, direction in u.items() if site not in per_example}
+                for site, along in moved.items():
+                    own = both[site].to(along.axes) if site in both else 0
+                    both[site] = Named(along.value + own, along.axes)
+                return self.push(part, both)._replace(taps={})
 
         def values(
             eps: Mapping[str, jax.Array], batch: Mapping[str, Any]
@@ -417,10 +476,6 @@ class Step:
         def one_draw(eps: Mapping[str, jax.Array], moving: Any) -> Any:
             if not per_example:
                 return tangent(eps, self.batch, moving)
-            if any("batch" not in term.cells.axes for term in self.terms.values()):
-                raise InputError(
-                    "a displacement per example needs one loss per example: return a vector of losses, not their mean."
-                )
             where = {site: a.index("batch") for site, a in axes.items() if "batch" in a}
             fixed = {site: e for site, e in eps.items() if site not in where}
             examples = {t: tuple(named.axes.index("batch") for named in term) for t, term in self.terms.items()}

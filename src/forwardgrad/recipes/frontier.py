@@ -33,7 +33,7 @@ PREDICTORS: dict[str, Callable[[float], Guess | None]] = {
 """From the rate of those that learn to the predictor of a block's taps."""
 
 
-@recipe("ren2023", "bacho2023", passes=lambda draws: 3 + 2 * draws)
+@recipe("ren2023", "bacho2023", passes=lambda draws: 2 + 2 * draws)
 def lg_fg_a_plus(
     network: Network,
     *,
@@ -58,9 +58,8 @@ def lg_fg_a_plus(
       and channels drown in each other's noise, the channel layers most of all where the tokens' weights are displaced.
 
     Total variance of a cell's credits: (D ± 1)|∇ - p|² / K for the D hidden units of a block's channel layer, (P + 1 ± 1)|∇|² / K for a column of
-    token weights. Cost: 1 forward pass, K tangents, and the pullback of each layer; where there is token mixing K tangents more, and by
-    weights, which run one example at a time, a forward pass for them. Memory: as `lg-fg-a`, the feedback's matrices, a direction of token
-    weights per example; a prediction for token activities has their size times the groups.
+    token weights. Cost: 1 forward pass, K tangents, K more where there is token mixing, and the pullback of each layer. Memory: as `lg-fg-a`,
+    the feedback's matrices, a direction of token weights per example; a prediction for token activities has their size times the groups.
 
     With `perturbed="all"`, `predictor="none"`, `token_by="together"` this is `lg-fg-a` with its mask. On networks with skips past a tap,
     which LocalMixer does not have, `hidden` leaves fewer taps out (see `insertions.Hidden`).
