@@ -123,8 +123,8 @@ def weights(
 
     Args:
       only: which leaves, by path ("group/kernel"); all that the network lets be displaced by default.
-      per_example: an own displacement for each example ("independent" in Ren et al., Table 1). The network then runs one example at a time
-        under `vmap`: it costs a matrix product per example.
+      per_example: an own displacement for each example ("independent" in Ren et al., Table 1). It costs a matrix product per example, and runs
+        the network one example at a time under `vmap`: as far as the next taps, or as a whole where there are none.
       noise: `{leaf: axes}` of the displacement, where it is not the leaf's own axes.
     """
     axes = None if noise is None else {leaf: axis_names(a, f"noise of {leaf!r}") for leaf, a in noise.items()}
