@@ -214,6 +214,30 @@ def test_figures_are_drawn_from_records_alone(tmp_path):
     assert len(list(tmp_path.glob("*.png"))) == len(drawn) >= 2
 
 
+def test_means_are_over_the_seeds_of_runs_that_are_alike(tmp_path):
+    """Two seeds make a row; another length, another cell, and a seed that diverged do not enter it."""
+    kept = {
+        "good-1": [(0, 10, 2.0), (1, 10, 4.0), (2, 10, None), (0, 20, 9.0)],
+        "bad-2": [(0, 10, 1.0)],
+    }
+    where = tmp_path / "results/toy/figure"
+    where.mkdir(parents=True)
+    for column, runs in kept.items():
+        for seed, epochs, error in runs:
+            one = {
+                "cell": {"paper": "toy", "table": "figure", "column": column, "row": "bp"},
+                "changed": {"epochs": epochs, "seed": seed},
+                **{"seed": seed, "epochs": epochs, "paper_epochs": 100, "variant": "paper", "shortened": True},
+                **{"test_error": error, "train_error": error and error / 2, "verdict": "better", "bias": None},
+                **{"paper_test_error": 3.0, "paper_train_error": None, "wall_seconds": 1.0, "hardware": "x"},
+                "command": f"forwardgrad reproduce toy:figure:{column}:bp --epochs {epochs} --seed {seed}",
+            }
+            (where / f"{column}-{seed}-{epochs}.json").write_text(json.dumps(one))
+    text = report.report(tmp_path / "results")
+    means = text.split("Means over seeds")[1].strip().splitlines()[2:]
+    assert means[2:] == ["| good-1 | bp | 3.00 / - | 3.00 ± 1.41 / 1.50 ± 0.71 | 10 of 100 | 0, 1 |"]
+
+
 def test_results_are_those_of_the_records():
     """`python -m forwardgrad.reproductions.report` writes it."""
     assert (ROOT / "RESULTS.md").read_text() == report.report(ROOT / "results")

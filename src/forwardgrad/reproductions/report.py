@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ MEASURED = """
 
 Measured by `forwardgrad reproduce {name}`.
 """
+MEANS = """
+Means over seeds, ± the standard deviation of one:
+
+"""
+MEAN_COLUMNS = ("column", "method", "paper", "here", "epochs", "seeds")
 COLUMNS = ("column", "method", "paper", "here", "verdict", "epochs", "seed", "variant", "time", "hardware", "command")
 
 
@@ -69,22 +75,55 @@ def _place(name: str, order: list[str]) -> int:
 
 def _section(title: str, found: list[dict[str, Any]]) -> str:
     rows = [COLUMNS, ("---",) * len(COLUMNS), *map(_row, found)]
+    means = _means(found)
+    means = [MEAN_COLUMNS, ("---",) * len(MEAN_COLUMNS), *means] if means else []
     notes = [f"`{one['command']}` is {records.bias_of(one)}." for one in found if records.bias_of(one)]
     short = SHORT if any(one["shortened"] for one in found) else ""
     more = "".join(f"\n{note}\n" for note in dict.fromkeys(notes))
-    return f"\n### {title}\n{short}\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows) + more
+    lines = lambda rows: "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return f"\n### {title}\n{short}\n" + lines(rows) + (MEANS + lines(means) if means else "") + more
+
+
+def _means(found: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """A row for each cell that several seeds ran, all else equal; those that diverged are left out, and not counted."""
+    rows, done = [], []
+    for one in found:
+        same = [r for r in records.alike(found, one) if r["cell"] == one["cell"] and r["test_error"] is not None]
+        if len(same) < 2 or same in done:
+            continue
+        done.append(same)
+        over = lambda key, same=same: [r[key] for r in same if r[key] is not None]
+        rows.append(
+            (
+                one["cell"]["column"],
+                one["cell"]["row"],
+                records.both(one["paper_test_error"], one["paper_train_error"]),
+                " / ".join(map(_mean, (over("test_error"), over("train_error")))),
+                _epochs(one),
+                ", ".join(str(seed) for seed in sorted(r["seed"] for r in same)),
+            )
+        )
+    return rows
+
+
+def _mean(errors: list[float]) -> str:
+    return f"{statistics.fmean(errors):.2f} ± {statistics.stdev(errors):.2f}" if len(errors) > 1 else "-"
+
+
+def _epochs(one: dict[str, Any]) -> str:
+    epochs = f"{one['epochs']} of {one['paper_epochs']}" if one["epochs"] != one["paper_epochs"] else str(one["epochs"])
+    images = one["changed"].get("train_images")
+    return epochs + (f", first {images} images" if images else "")
 
 
 def _row(one: dict[str, Any]) -> tuple[str, ...]:
-    epochs = f"{one['epochs']} of {one['paper_epochs']}" if one["epochs"] != one["paper_epochs"] else str(one["epochs"])
-    images = one["changed"].get("train_images")
     return (
         one["cell"]["column"],
         one["cell"]["row"],
         records.both(one["paper_test_error"], one["paper_train_error"]),
         records.both(one["test_error"], one["train_error"]),
         records.said(one),
-        epochs + (f", first {images} images" if images else ""),
+        _epochs(one),
         str(one["seed"]),
         one["variant"],
         "-" if one["wall_seconds"] is None else _time(one["wall_seconds"]),
