@@ -97,7 +97,7 @@ def setting(model, n=6):
 
 def two_steps(method, params, model_state, batch):
     """Both estimates, and the state that they leave: guesses learn in between."""
-    out, state = [], method.initial_state(jax.random.key(2), params, model_state, batch)
+    out, state = [], jax.jit(method.initial_state)(jax.random.key(2), params, model_state, batch)
     step = jax.jit(method.estimate)
     for key in (3, 4):
         estimate, state, model_state = step(jax.random.key(key), state, params, model_state, batch)

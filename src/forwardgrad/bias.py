@@ -29,9 +29,9 @@ def bias(
 
     At parameters a little off the given ones, as all checks. The expected credit of a slice is the gradient of the cells that share its
     indices with respect to its displacement, as the engine displaces: one displacement for all where it is shared, and each example run
-    alone where weights are displaced per example. This is compared with the gradient of all cells of the batch with respect to the place where
-    the credit lands: the site, or the tap that `credit_at` names. Cost: one reverse pass per slice of the partition, on four examples. Parts
-    whose rule is not the unbiased one are left out.
+    alone, from tap to tap, where weights are displaced per example. This is compared with the gradient of all cells of the batch with
+    respect to the place where the credit lands: the site, or the tap that `credit_at` names. Cost: one reverse pass per slice of the
+    partition, on four examples. Parts whose rule is not the unbiased one are left out.
 
     Args:
       estimator, params, model_state, batch: as for `Estimator.init`.

@@ -394,7 +394,7 @@ class Step:
         """Tangents of the taps that weights displaced per example reach past no other tap.
 
         Displacing these taps by them moves all that follows as the weights do. The network runs one example at a time under `vmap`, but only
-        as far as these taps: what follows has one primal with the rest of the step.
+        from tap to tap, each with its activation in the batch: the rest has one primal with the whole step.
 
         Args:
           u: directions with axes draw and batch, by site of a weight.
@@ -415,19 +415,26 @@ class Step:
             found |= sites
         axes = {site: direction.axes[1:] for site, direction in u.items()}
         where = {site: own.index("batch") for site, own in axes.items()}
-        places = {site: self.taps[site].axes.index("batch") for site in sorted(found)}
+        stored = {site: z for site, z in self.taps.items() if "batch" in z.axes}
+        slots = {site: z.axes.index("batch") for site, z in stored.items()}
 
         def one_draw(eps: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            def example(eps: dict[str, jax.Array], batch: dict[str, Any]) -> dict[str, jax.Array]:
+            def example(eps: dict[str, jax.Array], kept: dict[str, jax.Array], batch: dict[str, Any]) -> Any:
+                def visit(name: str, tap_axes: tuple[str, ...], z: jax.Array) -> tuple[Named, jax.Array]:
+                    here = jnp.expand_dims(kept[name], slots[name]) if name in kept else jax.lax.stop_gradient(z)
+                    return Named(z, tap_axes), here
+
                 one = jax.tree.map(lambda x: x[None], batch)
                 own = lambda eps: {s: Named(e, tuple(a for a in axes[s] if a != "batch")) for s, e in eps.items()}
-                records = lambda eps: self.run(self._moved(own(eps)), taps.cut(self.taps), batch=one).records
+                records = lambda eps: self.run(self._moved(own(eps)), visit, batch=one).records
                 values = lambda eps: {
-                    site: jnp.squeeze(records(eps)[site].value, place) for site, place in places.items()
+                    site: jnp.squeeze(records(eps)[site].value, slots[site]) for site in sorted(found)
                 }
                 return jax.jvp(values, (jax.tree.map(jnp.zeros_like, eps),), (eps,))[1]
 
-            return jax.vmap(example, in_axes=(where, 0), out_axes=places)(eps, dict(self.batch))
+            places = {site: slots[site] for site in sorted(found)}
+            values = {site: z.value for site, z in stored.items()}
+            return jax.vmap(example, in_axes=(where, slots, 0), out_axes=places)(eps, values, dict(self.batch))
 
         out = jax.vmap(one_draw)({site: direction.value for site, direction in u.items()})
         return {site: Named(value, ("draw", *self.taps[site].axes)) for site, value in out.items()}
