@@ -97,7 +97,7 @@ def test_an_output_layer_is_the_readout_and_can_be_displaced(name):
 
     def sites(build):
         method = build(other)
-        return method.initial_state(jax.random.key(0), split(params), state_of_other, batch), method
+        return jax.jit(method.initial_state)(jax.random.key(0), split(params), state_of_other, batch), method
 
     found = {}
     for build in (fg.recipes.fg_w, fg.recipes.fg_a):

@@ -67,7 +67,7 @@ def assert_same(one, other):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
-CASES = [("mixer", method) for method in ("lg-fg-a", "lg-fg-w", "learning predictor", "fg-a", "fg-w")]
+CASES = [("mixer", method) for method in ("lg-fg-a", "learning predictor", "fg-a", "fg-w")]
 CASES += [("mlp", method) for method in METHODS]
 CASES += [("batch norm", method) for method in ("lg-bp", "lg-fg-w", "fg-a")]
 BY_MICROBATCHES = ("lg-bp", "lg-fg-a", "local ntk", "two parts", "fg-a", "fg-w")
