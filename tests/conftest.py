@@ -56,8 +56,14 @@ def pytest_runtest_protocol(item, nextitem):
     identities = item.get_closest_marker("float64") is not None
     quick = identities or item.get_closest_marker("quick_compile") is not None
     with jax.enable_x64(identities):
-        jax.config.update("jax_disable_most_optimizations", quick)
+        _compile_quickly(quick)
         try:
             return (yield)
         finally:
-            jax.config.update("jax_disable_most_optimizations", False)
+            _compile_quickly(False)
+
+
+def _compile_quickly(on):
+    """Here and in the commands that a test runs."""
+    jax.config.update("jax_disable_most_optimizations", on)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(on)

@@ -160,6 +160,7 @@ def test_divergence_is_exit_code_3(tmp_path, capsys):
     assert re.search(r"diverged at step \d+ of 25 .*smaller learning rate than --lr 1000000.0", capsys.readouterr().err)
 
 
+@pytest.mark.quick_compile
 def test_a_signal_ends_with_its_exit_code_and_a_checkpoint(tmp_path):
     directory = tmp_path / "run"
     program = [

@@ -60,11 +60,13 @@ def where_it_ran(tmp_path_factory):
     return folder
 
 
+@pytest.mark.quick_compile
 def test_readme_first_command_draws_the_picture_it_names(where_it_ran):
     (picture,) = re.findall(r"draws `(\S+)`", text("README.md"))
     assert (where_it_ran / picture).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.quick_compile
 @pytest.mark.parametrize("number", range(len(blocks("README.md", "python"))))
 def test_readme_python(number, where_it_ran, monkeypatch):
     monkeypatch.chdir(where_it_ran)

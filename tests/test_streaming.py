@@ -40,13 +40,6 @@ METHODS = {
         rule=fg.rules.projection,
     ),
     "learning predictor": lambda n: fg.wrappers.with_predictor(R.lg_fg_a(n), learned_feedback(sgd(0.5), mask=True)),
-    "two parts": lambda n: dataclasses.replace(
-        R.lg_fg_a(n),
-        parts=(
-            fg.Part(fg.rademacher(), fg.weights(only="*kernel")),
-            fg.Part(fg.gaussian(), fg.weights(only="*bias"), draws=2),
-        ),
-    ),
     "fg-a": lambda n: R.fg_a(n, mask=True, draws=2),
     "fg-a, released": lambda n: R.fg_a(n, released=True),
     "lg-fa": R.lg_fa,
@@ -70,7 +63,7 @@ def assert_same(one, other):
 CASES = [("mixer", method) for method in ("lg-fg-a", "learning predictor", "fg-a", "fg-w")]
 CASES += [("mlp", method) for method in METHODS]
 CASES += [("batch norm", method) for method in ("lg-bp", "lg-fg-w", "fg-a")]
-BY_MICROBATCHES = ("lg-bp", "lg-fg-a", "local ntk", "two parts", "fg-a", "fg-w")
+BY_MICROBATCHES = ("lg-bp", "lg-fg-a", "local ntk", "global, two parts", "fg-a", "fg-w")
 
 
 @pytest.mark.parametrize(("model", "method"), CASES)
