@@ -128,7 +128,7 @@ CASES = {
     "step": (lambda: fg.finite_difference(0.0), "must be positive, not 0.0: 1e-3 suits float32, 1e-6 float64"),
     "draws": (lambda: estimate(draws=0), "needs at least one draw, not 0"),
     "fitted outputs": (lambda: estimate(partition=("batch",), insertion=fg.activations(only="grp"), predictor=fitted_feedback()), "add it to the partition, or take another predictor than fitted feedback"),
-    "antithetic": (lambda: estimate(guess=fg.antithetic(fg.rademacher()), draws=3), "in pairs: set --draws to an even number, not 3"),
+    "antithetic": (lambda: estimate(guess=fg.antithetic(fg.rademacher()), draws=3), "in pairs: ask for an even number of draws, not 3"),
     "noise": (lambda: fg.wrappers.with_noise(recipes.bp(mixer()), -1.0), "needs a standard deviation of at least 0"),
     "draws, wrapped": (lambda: fg.wrappers.with_draws(recipes.fg_a(mixer()), 0), "needs at least one draw, not 0"),
     "finite difference, local": (lambda: estimate(mixer(), probe=fg.finite_difference(), partition=("batch",)), "use the jvp probe, or a global loss with at most the batch"),

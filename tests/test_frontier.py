@@ -73,9 +73,15 @@ def test_hidden_taps_are_all_but_those_right_below_a_loss():
     assert chosen(layers, fg.local()) == [], "every tap of it is right below a loss"
 
 
-def skipping(layers=3):
+def hidden_alone(network, target):
+    """Signs at hidden taps, examples apart, and nothing else."""
+    insertion = fg.activations(only=fg.hidden)
+    return fg.estimator(network, target=target, guess=fg.rademacher(), insertion=insertion, partition=("batch",))
+
+
+def skipping():
     """h = σ(a), then layers whose outputs are added to h: from the first tap a skip leads to the loss, and the layers lead to their taps."""
-    names = "abc"[:layers]
+    names = "abc"
 
     def apply(params, state, h, train):
         first, *rest = (params[name]["kernel"] for name in names)
@@ -86,8 +92,8 @@ def skipping(layers=3):
         return h + inner, state
 
     def init(key):
-        sizes = [16, *[5] * layers]
-        keys = jax.random.split(key, layers)
+        sizes = [16, 5, 5, 5]
+        keys = jax.random.split(key, 3)
         draw = lambda i: {"kernel": jax.random.normal(keys[i], sizes[i : i + 2]) / sizes[i] ** 0.5}
         return {name: draw(i) for i, name in enumerate(names)}, ()
 
@@ -99,26 +105,14 @@ def test_a_tap_from_which_a_skip_leads_to_the_loss_is_displaced():
     network, batch = skipping(), tiny()[3]
     params, state = jax.tree.map(lambda x: x.astype(jnp.float64), network.init(jax.random.key(0)))
     assert chosen(network, fg.global_loss()) == ["skip/a", "skip/b"]
-    method = fg.estimator(
-        with_streets(network),
-        target=fg.global_loss(),
-        guess=fg.rademacher(),
-        insertion=fg.activations(only=fg.hidden),
-        partition=("batch",),
-    )
+    method = hidden_alone(with_streets(network), fg.global_loss())
     assert crossed_by(method, (params, state, batch)) == ["skip/c"], "one hop"
 
 
 def test_hidden_taps_under_one_loss_are_not_streamed():
     """A block alone cannot tell which of its taps are right below a loss that another block has."""
     network, params, state, batch = tiny()
-    method = fg.estimator(
-        network,
-        target=fg.global_loss(),
-        guess=fg.rademacher(),
-        insertion=fg.activations(only=fg.hidden),
-        partition=("batch",),
-    )
+    method = hidden_alone(network, fg.global_loss())
     method = dataclasses.replace(method, executor="streamed")
     with pytest.raises(fg.InputError, match="only the network as a whole tells which taps are right below its loss"):
         method.init(jax.random.key(0), params, state, batch)
@@ -126,13 +120,7 @@ def test_hidden_taps_under_one_loss_are_not_streamed():
 
 def test_hidden_taps_of_a_network_that_has_none_leave_the_exact_gradient():
     network, *case = setting(MLP(hidden=(4, 4)))
-    method = fg.estimator(
-        network,
-        target=fg.local(),
-        guess=fg.rademacher(),
-        insertion=fg.activations(only=fg.hidden),
-        partition=("batch",),
-    )
+    method = hidden_alone(network, fg.local())
     found, true = (jax.jit(lambda m=m: once(m, *case).grads)() for m in (method, fg.recipes.lg_bp(network)))
     assert distance(found, true) < 1e-13
 
@@ -215,6 +203,21 @@ def test_token_mixing_is_displaced_by_whichever_is_fewer():
     assert kinds(fg.Network(few.blocks[1:2])) == [but_tokens, "weights"]
     patch = dataclasses.replace(TINY, patches=1, blocks=1).network((4, 4, 1), 3)
     assert kinds(patch) == [fg.hidden], "one patch: no token mixing"
+
+
+def test_orthogonal_draws_are_exact_with_all_units_of_what_the_taps_share():
+    """Token taps lack the groups: a slice is an example and a patch, with 8 token and 8 channel units, on or off; a loss cell feels 12."""
+    network, *case = tiny()
+
+    @functools.cache
+    def off(draws):
+        plus = fg.recipes.lg_fg_a_plus(
+            network, guess=fg.orthogonal(), draws=draws, predictor="none", token_by="together"
+        )
+        return distance(jax.jit(lambda: once(plus, *case).grads)(), exact())
+
+    assert off(16) < 1e-12
+    assert off(12) > 1e-3
 
 
 def of_channels(found):

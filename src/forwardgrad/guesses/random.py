@@ -173,7 +173,7 @@ def antithetic(guess: Guess) -> Guess:
 
     def propose(key: jax.Array, state: Any, view: View) -> dict[str, Named]:
         if view.draws % 2:
-            raise InputError(f"antithetic directions come in pairs: set --draws to an even number, not {view.draws}.")
+            raise InputError(f"antithetic directions come in pairs: ask for an even number of draws, not {view.draws}.")
         half = view.draws // 2
         out = {}
         for name, u in guess.propose(key, state, view._replace(draws=half)).items():

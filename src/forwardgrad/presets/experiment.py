@@ -77,7 +77,7 @@ class Experiment(Generic[M]):
     """lg-fg-a-plus only: control variate: feedback fitted to the tangents, its moving average as in fdfa, random feedback, the gradient of
     the block's own loss, or of one through a random readout, a way back through weights learned from the tangents; none"""
     predictor_rate: float = 0.4
-    """lg-fg-a-plus only: rate at which the predictors fitted and average learn"""
+    """lg-fg-a-plus only: rate at which the predictors fitted and average learn; average wants less, about 0.02"""
     token_by: Literal["fewest", "weights", "activities", "together"] = "fewest"
     """lg-fg-a-plus only: what of token mixing is perturbed, in a tangent of its own: its weights, for each example and output patch, its
     outputs, or the fewer of the two; together: its outputs, in the tangent of all others"""
