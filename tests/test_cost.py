@@ -102,11 +102,14 @@ def test_every_sweep_varies_one_size():
     assert sizes == [(2, 2, 32), (4, 2, 32), (2, 1, 32), (2, 2, 64)]
 
 
-def test_the_peak_of_a_process_of_its_own_is_at_least_what_the_step_holds():
-    peak = cost.peak_mib(task(model=MLP(hidden=(2048, 2048)), method="bp"))
+def test_the_peak_of_a_process_of_its_own_is_what_xla_counts_or_a_little_more():
+    one = task(model=MLP(hidden=(2048, 2048)), method="bp")
+    peak = cost.peak_mib(one)
     if peak is None:
         pytest.skip("this system does not tell a process's peak")
-    assert peak > cost.step(task(model=MLP(hidden=(2048, 2048)), method="bp")).held_mib / 2
+    counted = cost.step(one)
+    # libraries that multiply matrices take room of their own, up to a copy of the weights
+    assert 0.9 * counted.temp_mib < peak - counted.held_mib < 3 * counted.temp_mib
 
 
 def test_auto_measures_once_and_remembers(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import functools
 import json
@@ -249,12 +251,13 @@ def _read(path: str) -> str:
 
 
 def peak_mib(task: Task) -> float | None:
-    """Real peak of memory in two steps, in a process of its own: of the device, or of resident memory above what weights and compilation took.
+    """Real peak of memory of a step, in a process of its own: the device's, or what the step holds and how far resident memory rises in it above that.
 
-    Momentum, gradients and what the allocator does not give back are in it. `None` where the system does not tell.
+    The first step, with all that happens once, is not measured. `None` where the system does not tell.
     """
     spec = {"experiment": task.experiment.to_json(), "shape": task.shape, "classes": task.classes}
-    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    # Every large buffer of the host a mapping of its own (glibc), or what compilation has freed but kept would hide the step's.
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(
         [sys.executable, "-m", "forwardgrad.diagnostics.cost"],
         input=json.dumps(spec),
@@ -269,16 +272,27 @@ def peak_mib(task: Task) -> float | None:
 def _peak_here(task: Task) -> float | None:
     device = jax.local_devices()[0]
     compiled = step(task)
+    compiled.run()
+    _give_back()
     resident = lambda field: re.search(rf"{field}:\s+(\d+) kB", _read("/proc/self/status"))
     before = resident("VmRSS")
     with_reset = _reset_peak()
-    compiled.run()
     compiled.run()
     stats = device.memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] / MIB
     peak = resident("VmHWM")
-    return (int(peak.group(1)) - int(before.group(1))) / 1024 if with_reset and peak and before else None
+    return (
+        compiled.held_mib + (int(peak.group(1)) - int(before.group(1))) / 1024
+        if with_reset and peak and before
+        else None
+    )
+
+
+def _give_back() -> None:
+    """glibc: what has been freed goes back to the system. Elsewhere it does so by itself, or not at all."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reset_peak() -> bool:
