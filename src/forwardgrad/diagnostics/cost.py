@@ -251,7 +251,7 @@ def _read(path: str) -> str:
 
 
 def peak_mib(task: Task) -> float | None:
-    """Real peak of memory of a step, in a process of its own: the device's, or what the step holds and how far resident memory rises in it above that.
+    """Real peak of a step's memory, in a process of its own: the device's, or what the step holds and how far resident memory rises in it above that.
 
     The first step, with all that happens once, is not measured. `None` where the system does not tell.
     """
