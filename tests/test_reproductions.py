@@ -103,6 +103,11 @@ def test_cells_of_bacho_and_chu():
     units = {c.column: c.experiment.model.hidden for c in cell.values() if c.table in ("table1", "tableB6")}
     assert units["bacho-mnist-fc"] == units["bacho-fashion-mnist-fc-4-layers"] == (800, 800, 800)
     assert units["bacho-cifar10-fc-2-layers"] == (1000,)
+    of_table = {c.row: c.experiment.model for c in cell.values() if c.column == "bacho-cifar100-alexnet"}
+    for one in reproductions.find("bacho2023:alexnet"):
+        known = of_table[one.row]
+        assert (one.experiment.dataset, one.printed) == ("cifar10", None)
+        assert (one.experiment.model.batch_norm, one.experiment.model.output) == (known.batch_norm, known.output)
 
 
 # runs
