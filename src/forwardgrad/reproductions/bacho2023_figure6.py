@@ -38,7 +38,7 @@ from forwardgrad.presets.bacho_mnist_fc import preset
 from forwardgrad.presets.experiment import Experiment
 from forwardgrad.reproductions import measured
 from forwardgrad.training.metrics import write_json
-from forwardgrad.training.pictures import picture
+from forwardgrad.training.pictures import logarithmic, picture
 
 SIGMAS = (0.0, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 METHODS = ("fg-w", "fg-a", "fdfa")
@@ -200,8 +200,6 @@ def run(
 
 def draw(path: Path, found: list[dict[str, Any]]) -> None:
     """Loss against the paper's normalised variance, and against the relative one on a logarithmic axis, where backpropagation itself is a line."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
     with picture(path, 1, 2, "Loss after one epoch of MNIST against variance") as panels:
         for axes, key in zip(panels[0], ("variance_share", "variance"), strict=True):
             (exact,) = [row["train_loss"] for row in found if row["method"] == "bp" and row["sigma"] == 0]
@@ -212,9 +210,8 @@ def draw(path: Path, found: list[dict[str, Any]]) -> None:
                 style = "o-" if name == NOISY else "D"
                 at = [[row[k] for row in mine] for k in (key, "train_loss")]
                 axes.plot(*at, style, color=colour, markersize=4.5, linewidth=1, label=name)
-            axes.set(ylabel="training loss (nats)", yscale="log")
-            axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 5)), minor_locator=NullLocator())
-            axes.yaxis.set_major_formatter("{x:g}")
+            axes.set(ylabel="training loss (nats)")
+            logarithmic(axes.yaxis)
         panels[0][0].set(xlabel="variance / E|ĝ|²")
         panels[0][1].set(xlabel="variance / |∇|²", xscale="log")
         panels[0][0].legend(fontsize=8, frameon=False)

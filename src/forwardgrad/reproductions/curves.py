@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from forwardgrad.training.metrics import read
-from forwardgrad.training.pictures import picture, style
+from forwardgrad.training.pictures import logarithmic, picture, style
 
 POINTS = 200  # of a record's curve, at most
 # key of a record's curve: key of a line of metrics.jsonl
@@ -73,4 +73,4 @@ def _lines(axes: Any, records: list[dict[str, Any]], rows: list[str], quantity: 
             marker = "o" if len(y) < 3 else None
             axes.plot(curve["epoch"], y, linewidth=1, marker=marker, markersize=3, alpha=0.85, **style(k))
     if quantity == "train_loss":
-        axes.set_yscale("log")
+        logarithmic(axes.yaxis)

@@ -41,3 +41,12 @@ def picture(path: Path, rows: int, columns: int, title: str, widths: tuple[float
 def style(k: int) -> dict[str, str]:
     """Colour and dashes of the k-th of many lines: ten colours, then the same dashed."""
     return {"color": f"C{k % 10}", "linestyle": "-" if k % 20 < 10 else "--"}
+
+
+def logarithmic(axis: Any) -> None:
+    """A logarithmic axis (`axes.yaxis`) whose ticks are plain numbers: for what spans a decade or two, as losses do."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set(major_locator=LogLocator(subs=(1, 1.5, 2, 3, 5, 7)), minor_locator=NullLocator())
+    axis.set_major_formatter("{x:g}")
