@@ -44,6 +44,15 @@ REFUSALS = {
     "train --dataset npz:nowhere.npz": "nowhere.npz",
     "train --model mpl": "did you mean 'mlp'",
     "train --model": "forwardgrad list models",
+    "train --models mlp": "did you mean '--model'",
+    "train --method dfa --feedback-lr 0.1": "no option of dfa; leave it out, or take a method that has it: dkp, fdfa, fg-a-fdfa",
+    "train --method fdfa --alpha 0.1": "it needs --feedback-rule average; leave it out",
+    "train --method fdfa --feedback-rule average --alpha 2": "at most 1, not 2",
+    "train --method fdfa --feedback-rank 11": "a matrix from 10 outputs has a rank of 10 at most",
+    "train --momentum 0.5 --optimizer adam": "needs --optimizer sgd",
+    "compare --methods bp,lg-bp --no-mask --out x": "no option of bp and is no option of lg-bp",
+    "reproduce ren2023:table3:mnist-s-1-1:bp --draws 2": "no option of bp",
+    "train --model cnn --method bp --kernel 20": "convolution 1 of 2, each 20 x 20: set a smaller --kernel.",
     "train --model mlp --groups 3": "forwardgrad train --help",
     "train --groups 7": "set --groups to a divisor",
     "train --patches 3": "set --patches to a common divisor",
@@ -52,7 +61,8 @@ REFUSALS = {
     "train --validation 2000": "choose a number from 1 to 1436",
     "train --resume": "add --run-dir DIR",
     "train --checkpoint-every -1": "--checkpoint-every must be at least 0",
-    "train --norm bn": "or accept the bias with allow_bias=True (--allow-bias)",
+    "train --norm bn": "train without BatchNorm (--no-batch-norm, --batch-norm none or --norm local, whichever the model has)",
+    "train --norm bn --losses global": "or accept the bias with allow_bias=True (--allow-bias)",
     "train --norm ln": "leave 'patch' out of the partition",
     "train digits more": "Unrecognized options",
     "train mnist-s-1-1 --data-dir nowhere --offline": "nowhere",
@@ -179,7 +189,7 @@ def test_a_signal_ends_with_its_exit_code_and_a_checkpoint(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=240)
     assert process.returncode == 128 + signal.SIGTERM
-    assert "a checkpoint is written: go on with --resume" in err
+    assert f"--run-dir {directory} --resume (train)" in err
     assert fg.load_run(directory).step > 0
 
 

@@ -157,24 +157,24 @@ def test_a_checkpoint_crosses_executors_and_microbatches(finished, tmp_path):
         np.testing.assert_allclose(one[name], other[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT])  # tests/test_cli.py sends SIGTERM
-def test_a_signal_saves_and_leaves_and_the_run_goes_on(finished, tmp_path, signum, monkeypatch):
-    directory, steps = tmp_path / "run", Learner.run
+@pytest.mark.parametrize("at", [3, 22], ids=["on the way", "in the last step"])
+def test_a_signal_saves_and_leaves_and_the_run_goes_on(finished, tmp_path, at, monkeypatch):
+    directory, steps, signum = tmp_path / "run", Learner.run, signal.SIGINT  # tests/test_cli.py sends SIGTERM
 
     def run(self, state, count):
         state, log = steps(self, state, count)
-        if int(state.step) == 3:
+        if int(state.step) == at:
             os.kill(os.getpid(), signum)
         return state, log
 
     monkeypatch.setattr(Learner, "run", run)
     monkeypatch.setattr(loop, "_next_count", lambda *_: 1)
     before = signal.getsignal(signum)
-    with pytest.raises(Interrupted, match="go on with --resume") as caught:
+    with pytest.raises(Interrupted, match=f"go on with the same flags and --run-dir {directory} --resume") as caught:
         loop.train(SMALL, directory, preset="digits", quiet=True)
     assert caught.value.signum == signum
     assert signal.getsignal(signum) == before
-    assert fg.load_run(directory).step == 3
+    assert fg.load_run(directory).step == at
     monkeypatch.undo()
     loop.train(SMALL, directory, preset="digits", resume=True, quiet=True)
     assert same(final_arrays(directory), final_arrays(finished[0])) == []

@@ -62,10 +62,11 @@ def refuse_bias(
             remedy = "share the displacement between examples"
         else:
             why = f"a displacement in one slice along {leak.axis!r} changes the loss of other slices"
-            why += " (BatchNorm couples examples)" if leak.axis == "batch" else ""
-            remedy = "leave BatchNorm out (--norm local, --no-batch-norm), " if leak.axis == "batch" else ""
-            remedy += f"leave {leak.axis!r} out of the partition, use a network that keeps these slices apart, or name the axis "
-            remedy += "differently at the tap"
+            remedy = f"leave {leak.axis!r} out of the partition, use a network that keeps these slices apart, or name the axis differently at the tap"
+            if leak.axis == "batch":
+                why = "a displacement in one example changes the loss of others (BatchNorm couples examples)"
+                remedy = "train without BatchNorm (--no-batch-norm, --batch-norm none or --norm local, whichever the model has), or leave 'batch' "
+                remedy += "out of the partition"
         raise InputError(
             f"{estimator.name} would be biased at {leak.site!r}: {why} (by {leak.size:.1e} of the largest effect); {remedy}, or accept the "
             "bias with allow_bias=True (--allow-bias)."

@@ -48,11 +48,13 @@ def parse(command: str, argv: list[str], options: Any, about: str) -> tuple[str,
       The preset's name, the experiment, the options.
 
     Raises:
-      InputError: an unknown preset, model or flag, or a value that does not parse.
+      InputError: an unknown preset, model, method or flag, a value that does not parse, or one that would change nothing.
     """
     argv = list(argv)
     name = argv.pop(0) if argv and not argv[0].startswith("-") else "digits"
     experiment, found = flags(command, argv, presets.find(name), options, about, "[PRESET]")
+    methods = method_names(found.methods) if hasattr(found, "methods") else [experiment.method]
+    refuse_idle(argv, [dataclasses.replace(experiment, method=method) for method in methods])
     return name, experiment, found
 
 
@@ -91,6 +93,25 @@ def flags(
     return found.experiment, found.options
 
 
+def refuse_idle(argv: list[str], runs: list[Experiment[Any]]) -> None:
+    """Refuse flags that have an effect on none of the runs: who sets one expects it to matter.
+
+    Raises:
+      InputError: which flag, why, and where it would have one.
+    """
+    words = {word.partition("=")[0].replace("_", "-") for word in argv if word.startswith("--")}
+    for field in (f.name for f in dataclasses.fields(Experiment)):
+        flag = field.replace("_", "-")
+        if not {f"--{flag}", f"--no-{flag}"} & words:
+            continue
+        reasons = [run.idle(field) for run in runs]
+        if all(reasons):
+            takers = [m for m in recipes.names() if not dataclasses.replace(runs[0], method=m).idle(field)]
+            remedy = f", or take a method that has it: {', '.join(takers)}" if takers else ""
+            why = " and ".join(dict.fromkeys(reasons))
+            raise InputError(f"--{flag} would change nothing: it {why}; leave it out{remedy}.")
+
+
 def method_names(text: str) -> list[str]:
     """The methods of `--methods a,b,c`.
 
@@ -114,6 +135,7 @@ def tyro_cli(
       InputError: an unknown flag, a missing argument, a value that does not parse.
     """
     flags = {"--help", *_flags(kind if default is None else default)}
+    flags |= {"--model"} if hasattr(default, "experiment") else set()  # `flags` has taken it
     for word in argv:
         flag = word.partition("=")[0].replace("_", "-")
         if word.startswith("--") and flag not in flags:

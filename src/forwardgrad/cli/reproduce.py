@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from forwardgrad import recipes, reproductions
-from forwardgrad.cli.options import Places, flags, tyro_cli
+from forwardgrad.cli.options import Places, flags, refuse_idle, tyro_cli
 from forwardgrad.errors import Diverged, InputError
 from forwardgrad.presets import Experiment
 from forwardgrad.reproductions import curves, measured, records
@@ -61,6 +61,7 @@ def run(argv: list[str]) -> int:
         experiment, options = flags("reproduce", argv, cell.experiment, Options(), about, usage)
         _check(cell, experiment)
         jobs.append((cell, experiment))
+    refuse_idle(argv, [experiment for _, experiment in jobs])
     done = []
     for number, (cell, experiment) in enumerate(jobs):
         if not options.quiet:

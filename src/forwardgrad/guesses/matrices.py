@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from forwardgrad.errors import InputError
 from forwardgrad.guesses.base import Site, View
 from forwardgrad.named import Named, contract
 
@@ -46,9 +47,18 @@ def random(key: jax.Array, site: Site, view: View, per_cell: tuple[str, ...], ra
       key: of all sites; each draws by its own.
       per_cell: axes of the outputs that get a matrix each where the site lacks them.
       rank: of the factors; `None`: B whole.
+
+    Raises:
+      InputError: a rank that no such matrix has.
     """
     outer, inner = _axes(site, view, per_cell)
     sizes = {**view.outputs.sizes, **dict(zip(site.axes, site.shape, strict=True))}
+    outputs = math.prod(sizes[a] for a in outer if a not in site.axes and a not in per_cell)
+    if rank is not None and rank > outputs:
+        raise InputError(
+            f"a matrix from {outputs} outputs has a rank of {outputs} at most: give feedback a smaller rank than {rank} (--feedback-rank), or "
+            "leave it whole."
+        )
     units = math.prod(n for a, n in zip(site.axes, site.shape, strict=True) if a != "batch")
     if rank is None:
         bound, axes = (6 / units) ** 0.5, (*outer, *inner)

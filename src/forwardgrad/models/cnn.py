@@ -79,8 +79,8 @@ class CNN:
             height, width = pool.sides(height, width) if pool else (height, width)
             if min(height, width) < 1:
                 raise InputError(
-                    f"images of {shape[0]} x {shape[1]} pixels are too small for {len(self.channels)} convolutions of {self.kernel} x "
-                    f"{self.kernel}: set a smaller --kernel, or fewer --channels."
+                    f"images of {shape[0]} x {shape[1]} pixels leave nothing of convolution {i + 1} of {len(self.channels)}, each {self.kernel} x "
+                    f"{self.kernel}: set a smaller --kernel{', or fewer convolutions by fewer numbers after --channels' if i else ''}."
                 )
             inputs = channels
             features = height * width * channels

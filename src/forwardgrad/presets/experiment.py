@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from typing import Any, Generic, Literal, TypeVar
 
 from forwardgrad import models, recipes
@@ -15,6 +14,34 @@ from forwardgrad.network import Network, in_precision
 M = TypeVar("M")
 
 GUESSES = {"rademacher": random.rademacher, "gaussian": random.gaussian, "orthogonal": random.orthogonal}
+
+OPTIONS = {
+    "guess": "guess",
+    "draws": "draws",
+    "mask": "mask",
+    "losses": "losses",
+    "norm_gradient": "norm_gradient",
+    "variant": "released",
+    "feedback_rule": "rule",
+    "feedback_lr": "feedback_lr",
+    "feedback_decay": "feedback_decay",
+    "feedback_rank": "feedback_rank",
+    "alpha": "alpha",
+    "perturbed": "perturbed",
+    "predictor": "predictor",
+    "predictor_rate": "predictor_rate",
+    "token_by": "token_by",
+}
+"""Fields that are the method's own: the name of each among the recipes' arguments. A method takes those that its recipe has."""
+
+NEEDS = {
+    "decay": ("schedule", ("exponential",)),
+    "momentum": ("optimizer", ("sgd",)),
+    "feedback_lr": ("feedback_rule", ("adam", "sgd")),
+    "alpha": ("feedback_rule", ("average",)),
+    "predictor_rate": ("predictor", ("fitted", "average")),
+}
+"""Fields that have an effect only where another has one of some values."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,39 +132,33 @@ class Experiment(Generic[M]):
     """run although the expected estimate is not the gradient; the run reports the relative bias"""
 
     def estimator(self, network: Network) -> Estimator:
-        """The method for a network, with those of guess, draws, mask, ... that it takes.
+        """The method for a network, with those of `OPTIONS` that it takes.
 
         Raises:
           InputError: unknown method, or one that the network cannot serve.
         """
         recipe = recipes.find(self.method)
-        options = {
-            "guess": GUESSES[self.guess](),
-            "draws": self.draws,
-            "mask": self.mask,
-            "losses": self.losses,
-            "norm_gradient": self.norm_gradient,
-            "released": self.variant == "released",
-            "rule": self.feedback_rule,
-            "feedback_lr": self.feedback_lr,
-            "feedback_decay": self.feedback_decay,
-            "feedback_rank": self.feedback_rank,
-            "alpha": self.alpha,
-            "perturbed": self.perturbed,
-            "predictor": self.predictor,
-            "predictor_rate": self.predictor_rate,
-            "token_by": self.token_by,
-        }
+        values = {name: getattr(self, field) for field, name in OPTIONS.items() if name in recipe.options}
+        made = {"guess": GUESSES[self.guess](), "released": self.variant == "released"}
         if self.precision != "float32":
             network = in_precision(network, self.precision)
-        taken = inspect.signature(recipe.build).parameters
-        method = recipe(network, **{name: value for name, value in options.items() if name in taken})
+        method = recipe(network, **{name: made.get(name, value) for name, value in values.items()})
         return dataclasses.replace(
             method,
             allow_bias=self.allow_bias,
             microbatch=None if self.microbatch == "auto" else self.microbatch or None,
             executor=self.executor,
         )
+
+    def idle(self, field: str) -> str:
+        """Why a field has no effect on this run, in words; empty where it may have."""
+        if field in OPTIONS and OPTIONS[field] not in recipes.find(self.method).options:
+            return f"is no option of {self.method}"
+        if field in NEEDS:
+            other, values = NEEDS[field]
+            if getattr(self, other) not in values:
+                return f"needs --{other.replace('_', '-')} {' or '.join(values)}"
+        return ""
 
     def check(self) -> None:
         """Refuse values that cannot train.
@@ -164,6 +185,8 @@ class Experiment(Generic[M]):
         for name in ("weight_decay", "feedback_decay", "warmup_epochs", "momentum", "classifier_lr"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"--{name.replace('_', '-')} must not be negative, and is {getattr(self, name)}.")
+        if self.alpha > 1:
+            raise InputError(f"--alpha is the weight of what is new in an average: at most 1, not {self.alpha}.")
         if 0 < self.train_images < self.batch_size:
             raise InputError(
                 f"{self.train_images} training images are less than a batch of {self.batch_size}: set --train-images to at least that, to 0 for "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 
 from forwardgrad.engine import Estimator
@@ -28,6 +29,11 @@ class Recipe:
 
     def __call__(self, network: Network, **options) -> Estimator:
         return dataclasses.replace(self.build(network, **options), name=self.name)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names of its keyword arguments."""
+        return tuple(inspect.signature(self.build).parameters)[1:]
 
     @property
     def about(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shlex
 import signal
 import time
 from collections.abc import Callable
@@ -155,11 +156,11 @@ def _loop(
         if due or signals.arrived or step == learner.total_steps:
             checkpoints.save(state)
             saved = time.monotonic()
-        if signals.arrived and step < learner.total_steps:
+        if signals.arrived:
             raise Interrupted(
                 signals.arrived,
-                f"stopped at step {step} of {learner.total_steps}; a checkpoint is written: go on with --resume (train), or "
-                "repeat the command (compare, reproduce, diagnose).",
+                f"stopped at step {step} of {learner.total_steps}; a checkpoint is written: go on with the same flags and --run-dir "
+                f"{shlex.quote(str(checkpoints.directory.parent))} --resume (train), or repeat the command (compare, reproduce, diagnose).",
             )
 
 

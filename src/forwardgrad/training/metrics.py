@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from forwardgrad.training.pictures import picture
+from forwardgrad.training.pictures import logarithmic, picture
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -81,22 +81,24 @@ def draw_curves(directory: Path, title: str) -> None:
 def _draw_lines(left: Any, right: Any, lines: list[dict[str, Any]]) -> None:
     epochs = [line["epoch"] for line in lines]
     left.plot(epochs, [line["loss"] for line in lines], color="tab:blue", linewidth=1)
-    left.set(xlabel="epoch", ylabel="training loss (nats)", yscale="log")
+    left.set(xlabel="epoch", ylabel="training loss (nats)", xlim=(0, epochs[-1]))
+    logarithmic(left.yaxis)
     ends = [line for line in lines if "epoch_error" in line]
     if not ends:
-        right.plot(epochs, [line["error"] for line in lines], label="training batches")
+        shown = [line["error"] for line in lines]
+        right.plot(epochs, shown, label="training batches")
     else:
         held_out = "validation_error" if "validation_error" in ends[-1] else "test_error"
         marker = "o" if len(ends) < 3 else None
         x = [line["epoch"] for line in ends]
-        right.plot(x, [line["epoch_error"] for line in ends], marker=marker, label="training batches")
-        right.plot(x, [line[held_out] for line in ends], marker=marker, label=held_out.split("_")[0])
-        right.annotate(
-            f"{ends[-1][held_out]:.2f}",
-            (x[-1], ends[-1][held_out]),
-            textcoords="offset points",
-            xytext=(-4, 6),
-            ha="right",
-        )
-    right.set(xlabel="epoch", ylabel="error (%)", ylim=(0, None))
+        shown = []
+        for key, label in (
+            ("epoch_error", "training batches, mean over the epoch"),
+            (held_out, held_out.split("_")[0]),
+        ):
+            shown += (y := [line[key] for line in ends])
+            right.plot(x, y, marker=marker, label=label, clip_on=False)
+        last = {"xy": (x[-1], ends[-1][held_out]), "xytext": (6, 0), "textcoords": "offset points"}
+        right.annotate(f"{ends[-1][held_out]:.2f}", **last, va="center", color="C1", annotation_clip=False)
+    right.set(xlabel="epoch", ylabel="error (%)", xlim=(0, epochs[-1]), ylim=(0, 1.05 * max(*shown, 1.0)))
     right.legend(frameon=False)
