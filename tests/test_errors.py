@@ -67,6 +67,12 @@ def in_checked_pieces(model):
     )
 
 
+def mlp_by(recipe):
+    network = MLP(hidden=(3,)).network((3, 1, 1), 2)
+    batch = {"inputs": jnp.ones((4, 3, 1, 1)), "labels": jnp.zeros(4, int)}
+    recipe(network).init(jax.random.key(0), *network.init(jax.random.key(0)), batch)
+
+
 def predicted(method):
     return jax.eval_shape(lambda: once(method, *problem(1)).grads)
 
@@ -168,6 +174,8 @@ CASES = {
     "nothing to mirror": (lambda: untaught(weight_mirror()), "give the part a random guess and activations"),
     "fitted to weights": (lambda: predicted(fg.Estimator(mixer(1), fg.local(), (fg.Part(None, fg.weights(), CELLS, predictor=fitted_feedback()),))), "give it to a part of taps"),
     "rate of a fit": (lambda: fitted_feedback(1.5), r"between 0 and 1, not 1\.5"),
+    "rate of an average": (lambda: recipes.lg_fg_a_plus(mixer(1), predictor="average", predictor_rate=30), "at most 1, not 30: set --predictor-rate"),
+    "no hidden taps": (lambda: mlp_by(recipes.lg_fg_a_plus), "displace all taps"),
     "unknown predictor": (lambda: recipes.lg_fg_a_plus(mixer(1), predictor="fited"), "did you mean 'fitted'"),
     "feedback rule": (lambda: recipes.dkp(mixer(1), rule="average"), "which are adam and sgd: choose one"),
     "feedback rank": (lambda: kolen_pollack(rank=0), "give a rank of at least 1, or None"),

@@ -70,7 +70,8 @@ def test_hidden_taps_are_all_but_those_right_below_a_loss():
     assert chosen(network, fg.global_loss()) == below_global
     layers = MLP(hidden=(4, 4)).network((4, 4, 1), 3)
     assert chosen(layers, fg.global_loss()) == ["layer0/input"]
-    assert chosen(layers, fg.local()) == [], "every tap of it is right below a loss"
+    with pytest.raises(fg.InputError, match="every tap of this network stands right below a loss"):
+        chosen(layers, fg.local())
 
 
 def hidden_alone(network, target):
@@ -118,11 +119,12 @@ def test_hidden_taps_under_one_loss_are_not_streamed():
         method.init(jax.random.key(0), params, state, batch)
 
 
-def test_hidden_taps_of_a_network_that_has_none_leave_the_exact_gradient():
+def test_a_network_without_hidden_taps_is_refused():
+    """It would be `lg-bp` under another name."""
     network, *case = setting(MLP(hidden=(4, 4)))
-    method = hidden_alone(network, fg.local())
-    found, true = (jax.jit(lambda m=m: once(m, *case).grads)() for m in (method, fg.recipes.lg_bp(network)))
-    assert distance(found, true) < 1e-13
+    for method in (hidden_alone(network, fg.local()), fg.recipes.lg_fg_a_plus(network)):
+        with pytest.raises(fg.InputError, match=r"displace all taps \(only=None, --perturbed all\), or use lg-bp"):
+            method.init(jax.random.key(0), *case)
 
 
 # lg-fg-a-plus
@@ -435,7 +437,7 @@ def test_a_mirror_learns_the_weights_from_tangents():
 
 def test_what_it_learns_sums_over_microbatches():
     network, params, state, batch = setting(TINY, 4)
-    guess = fitted_feedback(0.5)
+    guess = fitted_feedback(0.5, through=relu_and_normalise)
     shown = guess._replace(update=lambda old, sample: sample)
     method = fg.estimator(
         network,

@@ -183,6 +183,27 @@ def test_given_directions(spelling):
     assert distance(*found) < 1e-14
 
 
+def test_given_directions_of_every_block():
+    """Local losses ask block by block; what is another block's is no mistake."""
+    u = {f"b{i}": {"chan": jnp.full((N, 2, 4), 1.0 + i)} for i in range(2)}
+    run = lambda network, table: (
+        once(
+            fg.estimator(
+                network,
+                target=fg.local(),
+                guess=fg.given(table),
+                insertion=fg.activations(only="chan"),
+                partition=CELLS,
+            ),
+            *problem(len(network.blocks)),
+        ).grads
+    )
+    both, alone = run(mixer(2), u), run(mixer(1), {"b0": u["b0"]})
+    assert distance(both["b0"], alone["b0"]) < 1e-14
+    with pytest.raises(fg.InputError, match=r"\['b0/chann'\], which are not displaced"):
+        run(mixer(2), {**u, "b0": {**u["b0"], "chann": 1.0}})
+
+
 def quadratic(w):
     return 0.5 * w @ jnp.array([[3.0, 1.0], [1.0, 2.0]]) @ w + jnp.array([0.3, -0.7]) @ w
 

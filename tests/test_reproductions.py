@@ -269,6 +269,14 @@ def test_where_losses_are_changes_an_estimate_but_only_patch_and_group_its_mean(
     assert all(distance(*(jax.tree.map(lambda x: x[0], tree) for tree in (found, other))) > 1e-3 for other in others)
 
 
+def test_a_report_of_nothing_leaves_the_old_one(tmp_path, capsys):
+    (tmp_path / "RESULTS.md").write_text("old")
+    for words in (["--help"], [str(tmp_path)], ["results", "RESULTS.md", "more"]):
+        assert report.main([*words[:1], str(tmp_path / "RESULTS.md"), *words[2:]]) == 2
+        assert "give the directory of results" in capsys.readouterr().err
+    assert (tmp_path / "RESULTS.md").read_text() == "old"
+
+
 @pytest.mark.float64
 def test_patch_and_group_losses_without_blocks_are_refused_and_their_bias_is_reported():
     model = LocalMixer(blocks=2, patches=2, channels=8, groups=2)

@@ -188,9 +188,13 @@ class Step:
                     self.first + i,
                     name,
                 )
-        optional = part.insertion.taps is not None and isinstance(part.insertion.taps.only, Hidden)
-        if self.alone and not out and not optional and (part.insertion.taps or part.insertion.weights):
+        if self.alone and not out and (part.insertion.taps or part.insertion.weights):
             kind = "taps" if part.insertion.taps else "weights"
+            if part.insertion.taps is not None and isinstance(part.insertion.taps.only, Hidden) and self.below_loss:
+                raise InputError(
+                    "every tap of this network stands right below a loss and would be left out as not hidden, so that nothing is displaced and the "
+                    "gradient is exact by itself: displace all taps (only=None, --perturbed all), or use lg-bp."
+                )
             raise InputError(
                 f"the network has no {kind} to displace: mark activations with forwardgrad.tap, or perturb the other kind."
             )

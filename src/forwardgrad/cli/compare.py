@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from forwardgrad.cli.options import Places, method_names, parse
+from forwardgrad.cli.options import Places, count, method_names, parse
 from forwardgrad.errors import Diverged, InputError
 
 
@@ -68,9 +68,8 @@ def run(argv: list[str]) -> int:
         options.out / "compare.json",
         {"preset": preset, "experiment": experiment.to_json(), "held_out": held_out, "table": table, "runs": runs},
     )
-    _draw(
-        options.out, methods, runs, held_out, f"{experiment.dataset}, {experiment.epochs} epochs, {options.seeds} seeds"
-    )
+    length = f"{count(experiment.epochs, 'epoch')}, {count(options.seeds, 'seed')}"
+    _draw(options.out, methods, runs, held_out, f"{experiment.dataset}, {length}")
     _print(table, held_out)
     print(f"{options.out / 'compare.json'}, {options.out / 'compare.png'}")
     return 0
@@ -109,7 +108,7 @@ def _print(rows: list[dict[str, Any]], held_out: str) -> None:
 def _draw(out: Path, methods: list[str], runs: list[dict[str, Any]], held_out: str, title: str) -> None:
     """`compare.png`: each method's held-out error over epochs, one thin line per seed, and the final errors."""
     from forwardgrad.training.metrics import read
-    from forwardgrad.training.pictures import picture, style
+    from forwardgrad.training.pictures import logarithmic, picture, style
 
     with picture(out / "compare.png", 1, 2, title, widths=(3, 2)) as panels:
         left, right = panels[0]
@@ -121,6 +120,8 @@ def _draw(out: Path, methods: list[str], runs: list[dict[str, Any]], held_out: s
                     [e["epoch"] for e in ends],
                     [e[held_out] for e in ends],
                     linewidth=1,
+                    marker="o" if len(ends) < 3 else None,
+                    markersize=4,
                     alpha=0.8,
                     label=method if j == 0 else None,
                     **style(i),
@@ -128,11 +129,14 @@ def _draw(out: Path, methods: list[str], runs: list[dict[str, Any]], held_out: s
             final = [r[held_out] for r in mine if r[held_out] is not None]
             if final:
                 right.barh(i, statistics.fmean(final), color=style(i)["color"], alpha=0.5)
-                right.plot(final, [i] * len(final), "|", color="black", markersize=10)
+                if len(final) > 1:
+                    right.plot(final, [i] * len(final), "|", color="black", markersize=10)
                 right.annotate(
                     f"{statistics.fmean(final):.2f}", (max(final), i), textcoords="offset points", xytext=(6, -3)
                 )
-        left.set(xlabel="epoch", ylabel=f"{held_out.replace('_', ' ')} (%)", yscale="log")
+        left.set(xlabel="epoch", ylabel=f"{held_out.replace('_', ' ')} (%)")
+        left.set_xlim(0)
+        logarithmic(left.yaxis)
         left.legend(frameon=False, fontsize="small", ncols=2)
         right.set(xlabel=f"final {held_out.replace('_', ' ')} (%)", yticks=range(len(methods)), yticklabels=methods)
         right.invert_yaxis()

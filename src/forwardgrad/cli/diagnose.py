@@ -57,7 +57,7 @@ def run(argv: list[str]) -> int:
         )
     say = lambda line: None if options.quiet else Console(stderr=True).print(line, highlight=False)
     found = diagnose(experiment, methods, arrays, how, options.out, preset=preset, quiet=options.quiet, say=say)
-    title = f"{preset}, {experiment.dataset}, {how.draws} estimates on {how.examples} images, seed {experiment.seed}"
+    title = f"{' on '.join(dict.fromkeys((preset, experiment.dataset)))}, {how.draws} estimates on {how.examples} images, seed {experiment.seed}"
     draw(options.out / "diagnose.png", found["rows"], title)
     _print_layers(found["rows"])
     _print_totals(found["totals"], found["runs"])

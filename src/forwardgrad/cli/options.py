@@ -158,6 +158,11 @@ def tyro_cli(
         raise InputError(f"{_sentence(complaint.getvalue())} `forwardgrad {command} --help` lists the flags.") from None
 
 
+def count(number: int, noun: str) -> str:
+    """`1 epoch`, `2 epochs`."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def _take(argv: list[str], flag: str) -> str | None:
     """Remove `flag VALUE` or `flag=VALUE` from the arguments, and return the value."""
     for i, word in enumerate(argv):

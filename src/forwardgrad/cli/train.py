@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from forwardgrad.cli.options import Places, parse
+from forwardgrad.cli.options import Places, count, parse
 from forwardgrad.errors import InputError
 
 
@@ -55,7 +55,7 @@ def run(argv: list[str]) -> int:
     held_out = "validation" if experiment.validation else "test"
     print(
         f"{held_out} error {result[f'{held_out}_error']:.2f} %, train error {result['train_error']:.2f} % "
-        f"({experiment.dataset}, {experiment.method}, {result['epochs']} epochs, {result['wall_seconds']:.0f} s)"
+        f"({experiment.dataset}, {experiment.method}, {count(result['epochs'], 'epoch')}, {result['wall_seconds']:.0f} s)"
     )
     if result["bias"]:
         site, size = max(result["bias"].items(), key=lambda item: item[1])

@@ -51,7 +51,8 @@ def diagnose(
     experiments = [dataclasses.replace(experiment, method=method) for method in methods]
     for one in experiments:
         _refuse(one, arrays)
-    made: dict[str, Any] = {"preset": preset, "experiment": experiment.to_json(), **how.to_json()}
+    common = {name: value for name, value in experiment.to_json().items() if name != "method"}
+    made: dict[str, Any] = {"preset": preset, "experiment": common, "methods": methods, **how.to_json()}
     runs, totals, rows = [], [], []
     for number, one in enumerate(experiments):
         say(f"[bold]{one.method}[/bold] ({number + 1} of {len(methods)})")

@@ -38,7 +38,7 @@ class Sample(NamedTuple):
 
 
 def fitted_feedback(
-    rate: float = 0.4, *, through: Through = relu_and_normalise, shared: tuple[str, ...] = ("patch",)
+    rate: float = 0.4, *, through: Through = jax.nn.relu, shared: tuple[str, ...] = ("patch",)
 ) -> Guess:
     """p = J_yᵀ (e B), B fitted by least squares to the tangents of each cell's share of the outputs.
 
@@ -56,7 +56,7 @@ def fitted_feedback(
     linear fit. A step multiplies the error of B by 1 - α λ, λ the eigenvalues of the mean of v vᵀ D / |v|². For independent signs, and y a ReLU of z,
     the mean's expectation is diagonal: the share of cells in which a unit is on, at most 1; in M cells it is at most about
     (1 + √(D/M))² <= 2 (1 + D/M) by chance, so that the error does not grow for rates up to 1. A normalisation in `through` takes two of the D
-    dimensions away: λ <= D / (D - 2).
+    dimensions away: λ <= D / (D - 2), good for many units and useless for two.
 
     Cost: per draw and site two products like the head's, one as large again for e B; a site that lacks an axis of the cells, as token mixing
     lacks groups, has them for each of their slices. State: [cells that the site lacks, class, units] per layer, units without those of other examples
@@ -64,8 +64,9 @@ def fitted_feedback(
 
     Args:
       rate: between 0 and 1.
-      through: of [..., units] whose last axis it may mix, e.g. `jax.nn.relu`; the default suits LocalMixer, and any other merely predicts less
-        well.
+      through: of [..., units] whose last axis it may mix: the nonlinearity above the tap and what else the unit knows of (`relu_and_normalise` for
+        LocalMixer). One that is not the network's predicts less well. Where it all but erases a tangent, as a normalisation over two units
+        does, B grows without bound, and its prediction is worse than none.
       shared: axes of the loss along which cells teach, and use, one B where the site has them too.
 
     Raises:

@@ -55,9 +55,12 @@ def given(arrays: Any) -> Guess:
                         f"the direction for site {name!r} has shape {shape}: give {site.noise_shape}, the axes {' '.join(site.noise_axes)}."
                     )
             out[name] = value
-        if set(table) - used:
+        # under local losses each block asks for its own: what is left over may be another block's, under its full name
+        here = tuple(name.removesuffix(site.name) for name, site in view.sites.items())
+        lost = [name for name in set(table) - used if name.startswith(here) or not {"/", "#"} & set(name)]
+        if lost:
             raise InputError(
-                f"directions are given for {sorted(set(table) - used)}, which are not displaced: sites are {sorted(view.sites)}."
+                f"directions are given for {sorted(lost)}, which are not displaced: sites are {sorted(view.sites)}."
             )
         return out
 

@@ -8,10 +8,10 @@ import jax
 
 from forwardgrad import descent, insertions, targets
 from forwardgrad.engine import Estimator, Part
-from forwardgrad.errors import unknown
+from forwardgrad.errors import InputError, unknown
 from forwardgrad.guesses import feedback
 from forwardgrad.guesses.base import Guess
-from forwardgrad.guesses.fitted_feedback import fitted_feedback
+from forwardgrad.guesses.fitted_feedback import fitted_feedback, relu_and_normalise
 from forwardgrad.guesses.given import masked
 from forwardgrad.guesses.local import local_gradient
 from forwardgrad.guesses.ntk import ntk
@@ -22,7 +22,7 @@ from forwardgrad.recipes.base import recipe
 from forwardgrad.recipes.ren2023 import CELLS
 
 PREDICTORS: dict[str, Callable[[float], Guess | None]] = {
-    "fitted": fitted_feedback,
+    "fitted": lambda rate: fitted_feedback(rate, through=relu_and_normalise),
     "average": lambda rate: feedback.learned_feedback(descent.sgd(rate), mask=True),
     "random": lambda rate: feedback.direct_feedback(mask=True),
     "local": lambda rate: local_gradient(),
@@ -51,8 +51,8 @@ def lg_fg_a_plus(
 
     - *hidden taps*: the tap right below each local loss is not displaced. Its layer gets its exact gradient, one hop through the head's
       weights, and its units add no noise to the scalar of all others.
-    - *a predictor* p: the error through feedback matrices that are fitted to the tangents (`guesses.fitted_feedback`). The variance is that of
-      ∇ - p in place of ∇.
+    - *a predictor* p: the error through feedback matrices that are fitted to the tangents (`guesses.fitted_feedback`, a module). The variance is that
+      of ∇ - p in place of ∇.
     - *token mixing in a tangent of its own, by whichever is fewer*: the column of P weights and a bias that makes an output patch, a direction
       per example, or the activities that share the column: C features, about C/2 where those that are off are left out. In one tangent tokens
       and channels drown in each other's noise, the channel layers most of all where the tokens' weights are displaced.
@@ -75,7 +75,7 @@ def lg_fg_a_plus(
         Networks without weights of a layer called "token" are the same with all.
 
     Raises:
-      InputError: unknown `perturbed`, `predictor` or `token_by`.
+      InputError: unknown `perturbed`, `predictor` or `token_by`; an average with a rate above one.
     """
     for name, value, known in (
         ("choice of perturbed taps", perturbed, ("hidden", "all")),
@@ -84,6 +84,8 @@ def lg_fg_a_plus(
     ):
         if value not in known:
             raise unknown(name, value, known)
+    if predictor == "average" and predictor_rate > 1:
+        raise InputError(f"a moving average has a rate of at most 1, not {predictor_rate}: set --predictor-rate.")
     guess = guess or rademacher()
     tokens = _token_weights(network)
     but = ("token",) if tokens and token_by != "together" else ()

@@ -32,6 +32,7 @@ Means over seeds, ± the standard deviation of one:
 """
 MEAN_COLUMNS = ("column", "method", "paper", "here", "epochs", "seeds")
 COLUMNS = ("column", "method", "paper", "here", "verdict", "epochs", "seed", "variant", "time", "hardware", "command")
+OF_PAPER = ("paper", "verdict", "variant")  # columns without use where the paper prints nothing
 
 
 def report(results: Path) -> str:
@@ -74,14 +75,19 @@ def _place(name: str, order: list[str]) -> int:
 
 
 def _section(title: str, found: list[dict[str, Any]]) -> str:
-    rows = [COLUMNS, ("---",) * len(COLUMNS), *map(_row, found)]
-    means = _means(found)
-    means = [MEAN_COLUMNS, ("---",) * len(MEAN_COLUMNS), *means] if means else []
+    printed = any(one["paper_test_error"] is not None for one in found)
+    rows, means = _table(COLUMNS, [_row(one) for one in found], printed), _table(MEAN_COLUMNS, _means(found), printed)
     notes = [f"`{one['command']}` is {records.bias_of(one)}." for one in found if records.bias_of(one)]
-    short = SHORT if any(one["shortened"] for one in found) else ""
+    short = SHORT if printed and any(one["shortened"] for one in found) else ""
     more = "".join(f"\n{note}\n" for note in dict.fromkeys(notes))
-    lines = lambda rows: "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    return f"\n### {title}\n{short}\n" + lines(rows) + (MEANS + lines(means) if means else "") + more
+    return f"\n### {title}\n{short}\n{rows}" + (MEANS + means if means else "") + more
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]], printed: bool) -> str:
+    """In Markdown; empty without rows."""
+    kept = [i for i, name in enumerate(columns) if printed or name not in OF_PAPER]
+    lines = [columns, ("---",) * len(columns), *rows] if rows else []
+    return "".join(f"| {' | '.join(row[i] for i in kept)} |\n" for row in lines)
 
 
 def _means(found: list[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -142,11 +148,15 @@ def _time(seconds: float) -> str:
     )
 
 
-def main(argv: list[str]) -> None:
-    """Write RESULTS.md, or the second argument, from `results`, or the first."""
+def main(argv: list[str]) -> int:
+    """Write RESULTS.md, or the second argument, from `results`, or the first: the exit code, 2 where there is nothing to write it from."""
     results, path = (*map(Path, argv), *(Path("results"), Path("RESULTS.md"))[len(argv) :])
+    if len(argv) > 2 or not any(results.glob("*/*/*.json")):
+        print(f"{results} holds no records: give the directory of results, and the file to write.", file=sys.stderr)
+        return 2
     path.write_text(report(results))
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))
