@@ -150,7 +150,7 @@ def _time(seconds: float) -> str:
 
 def main(argv: list[str]) -> int:
     """Write RESULTS.md, or the second argument, from `results`, or the first: the exit code, 2 where there is nothing to write it from."""
-    results, path = (*map(Path, argv), *(Path("results"), Path("RESULTS.md"))[len(argv) :])
+    results, path = (*map(Path, argv[:2]), *(Path("results"), Path("RESULTS.md"))[len(argv) :])
     if len(argv) > 2 or not any(results.glob("*/*/*.json")):
         print(f"{results} holds no records: give the directory of results, and the file to write.", file=sys.stderr)
         return 2
