@@ -101,15 +101,14 @@ def refuse_idle(argv: list[str], runs: list[Experiment[Any]]) -> None:
     """
     words = {word.partition("=")[0].replace("_", "-") for word in argv if word.startswith("--")}
     for field in (f.name for f in dataclasses.fields(Experiment)):
-        flag = field.replace("_", "-")
-        if not {f"--{flag}", f"--no-{flag}"} & words:
-            continue
-        reasons = [run.idle(field) for run in runs]
-        if all(reasons):
+        name = field.replace("_", "-")
+        given = {f"--{name}", f"--no-{name}"} & words
+        reasons = [run.idle(field) for run in runs] if given else []
+        if given and all(reasons):
             takers = [m for m in recipes.names() if not dataclasses.replace(runs[0], method=m).idle(field)]
             remedy = f", or take a method that has it: {', '.join(takers)}" if takers else ""
             why = " and ".join(dict.fromkeys(reasons))
-            raise InputError(f"--{flag} would change nothing: it {why}; leave it out{remedy}.")
+            raise InputError(f"{min(given)} would change nothing: it {why}; leave it out{remedy}.")
 
 
 def method_names(text: str) -> list[str]:
