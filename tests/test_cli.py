@@ -45,10 +45,12 @@ REFUSALS = {
     "train --model mpl": "did you mean 'mlp'",
     "train --model": "forwardgrad list models",
     "train --models mlp": "did you mean '--model'",
-    "train --method dfa --feedback-lr 0.1": "no option of dfa; leave it out, or take a method that has it: dkp, fdfa, fg-a-fdfa",
+    "train --method dfa --feedback-lr 0.1": "it is no option of dfa; dkp, fdfa, fg-a-fdfa have it; leave it out",
     "train --method fdfa --alpha 0.1": "it needs --feedback-rule average; leave it out",
     "train --method fdfa --feedback-rule average --alpha 2": "at most 1, not 2",
-    "train --method fdfa --feedback-rank 11": "a matrix from 10 outputs has a rank of 10 at most",
+    "train --method fdfa --feedback-rank 11": "to 512 units has a rank of 10 at most, not 11: give it a smaller one (--feedback-rank)",
+    "train --method bp --alpha 0.1": "no option of bp; fdfa, fg-a-fdfa have it",
+    "compare --method bp --out x": "give them to --methods",
     "train --momentum 0.5 --optimizer adam": "needs --optimizer sgd",
     "compare --methods bp,lg-bp --no-mask --out x": "no option of bp and is no option of lg-bp",
     "reproduce ren2023:table3:mnist-s-1-1:bp --draws 2": "no option of bp",
@@ -129,7 +131,7 @@ def test_bad_input_is_one_sentence_with_the_remedy_and_exit_code_2(line, tmp_pat
 
 def bare_network(shape, classes):
     """A model whose first block has no readout."""
-    first, last = presets.find("digits").model.network(shape, classes).blocks[-2:]
+    first, last = presets.find("digits").model.network(shape, classes).blocks[:2]
     return fg.Network((first._replace(readout=None), last))
 
 

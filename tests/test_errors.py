@@ -179,7 +179,7 @@ CASES = {
     "unknown predictor": (lambda: recipes.lg_fg_a_plus(mixer(1), predictor="fited"), "did you mean 'fitted'"),
     "feedback rule": (lambda: recipes.dkp(mixer(1), rule="average"), "which are adam and sgd: choose one"),
     "feedback rank": (lambda: kolen_pollack(rank=0), "give a rank of at least 1, or None"),
-    "feedback rank beyond the outputs": (lambda: predicted(recipes.dfa(mixer(1), feedback_rank=100)), "give feedback a smaller rank than 100"),
+    "feedback rank beyond the outputs": (lambda: predicted(recipes.dfa(mixer(1), feedback_rank=100)), "a rank of .* at most, not 100: give it a smaller one"),
     "Kolen-Pollack on weights": (lambda: predicted(fg.Estimator(mixer(1), fg.local(), (fg.Part(None, fg.weights(), CELLS, predictor=kolen_pollack()),))), "is a weight: use fg.activations"),
     "unknown activation": (lambda: taps.visited(lambda x: fg.tap(x, "z", ""), taps.replay({"zz": Named(jnp.ones(()), ())}))(1.0), "did you mean 'zz'"),
     "no init": (lambda: predicted(recipes.fa(edited(init=lambda key: ((), ())))), "give the block and its readout an init"),

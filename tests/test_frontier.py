@@ -123,7 +123,9 @@ def test_a_network_without_hidden_taps_is_refused():
     """It would be `lg-bp` under another name."""
     network, *case = setting(MLP(hidden=(4, 4)))
     for method in (hidden_alone(network, fg.local()), fg.recipes.lg_fg_a_plus(network)):
-        with pytest.raises(fg.InputError, match=r"displace all taps \(only=None, --perturbed all\), or use lg-bp"):
+        with pytest.raises(
+            fg.InputError, match=r"displace all taps \(only=None, --perturbed all\), or use backpropagation"
+        ):
             method.init(jax.random.key(0), *case)
 
 

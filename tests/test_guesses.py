@@ -202,6 +202,8 @@ def test_given_directions_of_every_block():
     assert distance(both["b0"], alone["b0"]) < 1e-14
     with pytest.raises(fg.InputError, match=r"\['b0/chann'\], which are not displaced"):
         run(mixer(2), {**u, "b0": {**u["b0"], "chann": 1.0}})
+    with pytest.raises(fg.InputError, match=r"\['b0#chan'\], which are not displaced"):
+        run(mixer(2), {**u, "b0#chan": 1.0})
 
 
 def quadratic(w):

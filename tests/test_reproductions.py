@@ -269,6 +269,17 @@ def test_where_losses_are_changes_an_estimate_but_only_patch_and_group_its_mean(
     assert all(distance(*(jax.tree.map(lambda x: x[0], tree) for tree in (found, other))) > 1e-3 for other in others)
 
 
+def test_a_table_without_printed_numbers_has_no_columns_for_them():
+    columns, row = report.COLUMNS, tuple(report.COLUMNS)
+    heads = lambda *args: report._table(*args).split("\n")[0].strip("| ").split(" | ")
+    assert heads(columns, [row], True) == list(columns)
+    as_paper = tuple("paper" if name == "variant" else name for name in columns)
+    assert heads(columns, [as_paper], False) == [c for c in columns if c not in report.OF_PAPER]
+    released = tuple("released" if name == "variant" else name for name in columns)
+    assert "variant" in heads(columns, [as_paper, released], False)
+    assert report._table(columns, [], False) == ""
+
+
 def test_a_report_of_nothing_leaves_the_old_one(tmp_path, capsys):
     (tmp_path / "RESULTS.md").write_text("old")
     for words in (["--help"], [str(tmp_path)], ["results", "RESULTS.md", "more"]):

@@ -157,7 +157,7 @@ def test_a_checkpoint_crosses_executors_and_microbatches(finished, tmp_path):
         np.testing.assert_allclose(one[name], other[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("at", [3, 22], ids=["on the way", "in the last step"])
+@pytest.mark.parametrize("at", [3, 22, -22], ids=["on the way", "in the last step", "when the end is observed"])
 def test_a_signal_saves_and_leaves_and_the_run_goes_on(finished, tmp_path, at, monkeypatch):
     directory, steps, signum = tmp_path / "run", Learner.run, signal.SIGINT  # tests/test_cli.py sends SIGTERM
 
@@ -167,14 +167,18 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on(finished, tmp_path, at, m
             os.kill(os.getpid(), signum)
         return state, log
 
+    def observe(state):
+        if int(state.step) == -at:
+            os.kill(os.getpid(), signum)
+
     monkeypatch.setattr(Learner, "run", run)
     monkeypatch.setattr(loop, "_next_count", lambda *_: 1)
     before = signal.getsignal(signum)
     with pytest.raises(Interrupted, match=f"go on with the same flags and --run-dir {directory} --resume") as caught:
-        loop.train(SMALL, directory, preset="digits", quiet=True)
+        loop.train(SMALL, directory, preset="digits", quiet=True, observe=observe)
     assert caught.value.signum == signum
     assert signal.getsignal(signum) == before
-    assert fg.load_run(directory).step == at
+    assert fg.load_run(directory).step == abs(at)
     monkeypatch.undo()
     loop.train(SMALL, directory, preset="digits", resume=True, quiet=True)
     assert same(final_arrays(directory), final_arrays(finished[0])) == []

@@ -60,13 +60,13 @@ def refuse_bias(
                 "the network couples examples (BatchNorm does), and a displacement per example runs them one at a time"
             )
             remedy = "share the displacement between examples"
+        elif leak.axis == "batch":
+            why = "a displacement in one example changes the loss of others (BatchNorm couples examples)"
+            remedy = "train without BatchNorm (--no-batch-norm, --batch-norm none or --norm local, whichever the model has), or leave 'batch' out "
+            remedy += "of the partition"
         else:
             why = f"a displacement in one slice along {leak.axis!r} changes the loss of other slices"
             remedy = f"leave {leak.axis!r} out of the partition, use a network that keeps these slices apart, or name the axis differently at the tap"
-            if leak.axis == "batch":
-                why = "a displacement in one example changes the loss of others (BatchNorm couples examples)"
-                remedy = "train without BatchNorm (--no-batch-norm, --batch-norm none or --norm local, whichever the model has), or leave 'batch' "
-                remedy += "out of the partition"
         raise InputError(
             f"{estimator.name} would be biased at {leak.site!r}: {why} (by {leak.size:.1e} of the largest effect); {remedy}, or accept the "
             "bias with allow_bias=True (--allow-bias)."
@@ -239,7 +239,7 @@ def _leaks_of(
         return step.taps
 
     activations = record(params, model_state, batch)
-    if not sites:  # hidden taps of a network that has none
+    if not sites:  # nothing is displaced
         return []
     found = []
     alone = [name for name, site in sites.items() if site.kind == "weight" and "batch" in site.noise_axes]

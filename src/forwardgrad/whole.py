@@ -188,13 +188,14 @@ class Step:
                     self.first + i,
                     name,
                 )
-        if self.alone and not out and (part.insertion.taps or part.insertion.weights):
+        hidden = part.insertion.taps is not None and isinstance(part.insertion.taps.only, Hidden)
+        if self.alone and not out and hidden and set(self.run.where) - set(self.run.passive) == self.below_loss:
+            raise InputError(
+                "every tap of this network stands right below a loss, so that none is hidden, nothing is displaced and the gradient is exact by "
+                "itself: displace all taps (only=None, --perturbed all), or use backpropagation (lg-bp, bp)."
+            )
+        if self.alone and not out and not hidden and (part.insertion.taps or part.insertion.weights):
             kind = "taps" if part.insertion.taps else "weights"
-            if part.insertion.taps is not None and isinstance(part.insertion.taps.only, Hidden) and self.below_loss:
-                raise InputError(
-                    "every tap of this network stands right below a loss and would be left out as not hidden, so that nothing is displaced and the "
-                    "gradient is exact by itself: displace all taps (only=None, --perturbed all), or use lg-bp."
-                )
             raise InputError(
                 f"the network has no {kind} to displace: mark activations with forwardgrad.tap, or perturb the other kind."
             )

@@ -64,9 +64,10 @@ def run(argv: list[str]) -> int:
                 runs.append({"method": method, "seed": seed, **none, "diverged": str(error)})
     held_out = "validation_error" if experiment.validation else "test_error"
     table = [_row(method, [r for r in runs if r["method"] == method], held_out) for method in methods]
+    common = {name: value for name, value in experiment.to_json().items() if name != "method"}
     write_json(
         options.out / "compare.json",
-        {"preset": preset, "experiment": experiment.to_json(), "held_out": held_out, "table": table, "runs": runs},
+        {"preset": preset, "experiment": common, "held_out": held_out, "table": table, "runs": runs},
     )
     length = f"{count(experiment.epochs, 'epoch')}, {count(options.seeds, 'seed')}"
     _draw(options.out, methods, runs, held_out, f"{experiment.dataset}, {length}")

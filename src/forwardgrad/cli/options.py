@@ -14,6 +14,7 @@ import tyro
 from forwardgrad import models, presets, recipes
 from forwardgrad.errors import InputError, unknown
 from forwardgrad.presets import Experiment
+from forwardgrad.presets.experiment import OPTIONS
 
 E = TypeVar("E")
 R = TypeVar("R")
@@ -53,7 +54,11 @@ def parse(command: str, argv: list[str], options: Any, about: str) -> tuple[str,
     argv = list(argv)
     name = argv.pop(0) if argv and not argv[0].startswith("-") else "digits"
     experiment, found = flags(command, argv, presets.find(name), options, about, "[PRESET]")
-    methods = method_names(found.methods) if hasattr(found, "methods") else [experiment.method]
+    methods = [experiment.method]
+    if hasattr(found, "methods"):
+        methods = method_names(found.methods)
+        if any(re.fullmatch("--method(=.*)?", word) for word in argv):
+            raise InputError(f"`forwardgrad {command}` takes several methods: give them to --methods, not to --method.")
     refuse_idle(argv, [dataclasses.replace(experiment, method=method) for method in methods])
     return name, experiment, found
 
@@ -105,10 +110,11 @@ def refuse_idle(argv: list[str], runs: list[Experiment[Any]]) -> None:
         given = {f"--{name}", f"--no-{name}"} & words
         reasons = [run.idle(field) for run in runs] if given else []
         if given and all(reasons):
-            takers = [m for m in recipes.names() if not dataclasses.replace(runs[0], method=m).idle(field)]
-            remedy = f", or take a method that has it: {', '.join(takers)}" if takers else ""
+            takers = [m for m in recipes.names() if OPTIONS.get(field) in recipes.find(m).options]
+            foreign = any(OPTIONS.get(field) not in recipes.find(run.method).options for run in runs)
+            remedy = f"; {', '.join(takers)} have it" if takers and foreign else ""
             why = " and ".join(dict.fromkeys(reasons))
-            raise InputError(f"{min(given)} would change nothing: it {why}; leave it out{remedy}.")
+            raise InputError(f"{min(given)} would change nothing: it {why}{remedy}; leave it out.")
 
 
 def method_names(text: str) -> list[str]:

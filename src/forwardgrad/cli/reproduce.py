@@ -14,6 +14,7 @@ from forwardgrad import recipes, reproductions
 from forwardgrad.cli.options import Places, flags, refuse_idle, tyro_cli
 from forwardgrad.errors import Diverged, InputError
 from forwardgrad.presets import Experiment
+from forwardgrad.presets.experiment import NEEDS, OPTIONS
 from forwardgrad.reproductions import curves, measured, records
 from forwardgrad.reproductions.cells import Cell, expected
 
@@ -62,6 +63,7 @@ def run(argv: list[str]) -> int:
         _check(cell, experiment)
         jobs.append((cell, experiment))
     refuse_idle(argv, [experiment for _, experiment in jobs])
+    jobs = [(cell, _without_idle(cell, experiment)) for cell, experiment in jobs]
     done = []
     for number, (cell, experiment) in enumerate(jobs):
         if not options.quiet:
@@ -71,6 +73,12 @@ def run(argv: list[str]) -> int:
     _draw(cells, done[-1][1], options.results)
     failed = [one for _, one in done if one["verdict"] in ("worse", "diverged") and not one["shortened"]]
     return 1 if failed else 0
+
+
+def _without_idle(cell: Cell, experiment: Experiment[Any]) -> Experiment[Any]:
+    """Flags that have no effect on this cell, though on others, have its own values: it is the same run without them."""
+    idle = {name: getattr(cell.experiment, name) for name in {*OPTIONS, *NEEDS} if experiment.idle(name)}
+    return dataclasses.replace(experiment, **idle)
 
 
 def _measure(module: Any, name: str, *argv: str) -> int:

@@ -253,7 +253,11 @@ def _read(path: str) -> str:
 def peak_mib(task: Task) -> float | None:
     """Real peak of a step's memory, in a process of its own: the device's, or what the step holds and how far resident memory rises in it above that.
 
-    The first step, with all that happens once, is not measured. `None` where the system does not tell.
+    On a CPU the first step, with all that happens once, is not measured; an accelerator tells the peak of the whole process. `None` where the
+    system does not tell, or kills the process.
+
+    Raises:
+      RuntimeError: the process fails.
     """
     spec = {"experiment": task.experiment.to_json(), "shape": task.shape, "classes": task.classes}
     # Every large buffer of the host a mapping of its own (glibc), or what compilation has freed but kept would hide the step's.
@@ -266,6 +270,8 @@ def peak_mib(task: Task) -> float | None:
         text=True,
         check=False,
     )
+    if done.returncode > 0:
+        raise RuntimeError(f"the process that measures the peak of memory failed: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 

@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from forwardgrad.diagnostics.alignment import ALL
 from forwardgrad.diagnostics.observer import How, Observer, refuse_gaps, stored
 from forwardgrad.errors import Diverged
@@ -77,7 +80,14 @@ def _refuse(one: Experiment[Any], arrays: Any) -> None:
     """Refuse a method that this network cannot serve, before another one has trained for hours."""
     one.check()
     network = one.model.network(arrays.train_images.shape[1:], arrays.classes)
-    one.estimator(network).target.scopes(network)
+    method = one.estimator(network)
+    n = one.batch_size
+    batch = {
+        "inputs": jax.ShapeDtypeStruct((n, *arrays.train_images.shape[1:]), jnp.float32),
+        "labels": jax.ShapeDtypeStruct((n,), jnp.int32),
+    }
+    params, model_state = jax.eval_shape(network.init, jax.random.key(0))
+    jax.eval_shape(method.initial_state, jax.random.key(0), params, model_state, batch)
 
 
 def _one(

@@ -50,7 +50,7 @@ def direct_feedback(*, mask: bool = False, per_cell: tuple[str, ...] = (), rank:
       rank: B_l = Q_l P_l with Q [class, rank] and P [rank, units], entries of B of the same variance; for many classes. `None`: B whole.
 
     Raises:
-      InputError: a rank below 1.
+      InputError: a rank below 1, or (when used) above that of any such matrix.
     """
     _refuse_rank(rank)
 
@@ -139,7 +139,7 @@ def learned_feedback(
       rank: of B; `None`: whole.
 
     Raises:
-      InputError: a rank below 1; (when used) a part without directions.
+      InputError: a rank below 1; (when used) one above that of any such matrix, a part without directions.
     """
 
     def observe(
@@ -180,7 +180,7 @@ def kolen_pollack(
       per_cell, rank: as in `direct_feedback`.
 
     Raises:
-      InputError: a rank below 1; (when used) sites that are weights.
+      InputError: a rank below 1; (when used) one above that of any such matrix, sites that are weights.
     """
 
     def observe(

@@ -1,8 +1,8 @@
 """Feedback from the error straight to every unit, fitted to the tangents by least squares, cell by cell.
 
 What distinguishes it from `feedback.learned_feedback`: each cell of the loss teaches it by its own tangent, in which no other cell's units are noise;
-cells along shared axes (patches) teach one matrix; it goes through what a unit knows of its own, its ReLU and the normalisation after it; and it
-descends the residual, whose noise vanishes as the fit gets better.
+cells along shared axes (patches) teach one matrix; it goes through what a unit knows of its own, its ReLU, or also the
+normalisation after it; and it descends the residual, whose noise vanishes as the fit gets better.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def fitted_feedback(
     linear fit. A step multiplies the error of B by 1 - α λ, λ the eigenvalues of the mean of v vᵀ D / |v|². For independent signs, and y a ReLU of z,
     the mean's expectation is diagonal: the share of cells in which a unit is on, at most 1; in M cells it is at most about
     (1 + √(D/M))² <= 2 (1 + D/M) by chance, so that the error does not grow for rates up to 1. A normalisation in `through` takes two of the D
-    dimensions away: λ <= D / (D - 2), good for many units and useless for two.
+    dimensions away: λ <= D / (D - 2), a bound that says nothing for two units.
 
     Cost: per draw and site two products like the head's, one as large again for e B; a site that lacks an axis of the cells, as token mixing
     lacks groups, has them for each of their slices. State: [cells that the site lacks, class, units] per layer, units without those of other examples
@@ -66,7 +66,7 @@ def fitted_feedback(
       rate: between 0 and 1.
       through: of [..., units] whose last axis it may mix: the nonlinearity above the tap and what else the unit knows of (`relu_and_normalise` for
         LocalMixer). One that is not the network's predicts less well. Where it all but erases a tangent, as a normalisation over two units
-        does, B grows without bound, and its prediction is worse than none.
+        does, B grows very large, and its prediction is worse than none.
       shared: axes of the loss along which cells teach, and use, one B where the site has them too.
 
     Raises:

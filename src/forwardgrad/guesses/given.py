@@ -23,7 +23,8 @@ def given(arrays: Any) -> Guess:
         (axes that `vmap` added first, then the tap's own in their order), with one more leading axis for several draws.
 
     Raises:
-      InputError: (when used) a site has no direction, a direction no site, or a shape is wrong.
+      InputError: (when used) a site has no direction, a direction of these blocks no site, or a shape is wrong. Full names of other blocks pass:
+        under local losses each block takes its own.
 
     Example:
       >>> import jax, jax.numpy as jnp, forwardgrad as fg
@@ -56,7 +57,8 @@ def given(arrays: Any) -> Guess:
                     )
             out[name] = value
         # under local losses each block asks for its own: what is left over may be another block's, under its full name
-        here = tuple(name.removesuffix(site.name) for name, site in view.sites.items())
+        blocks = {name.removesuffix(site.name).rstrip("/#") for name, site in view.sites.items()} | set(view.readouts)
+        here = "" if "" in blocks else tuple(block + mark for block in blocks for mark in "/#")
         lost = [name for name in set(table) - used if name.startswith(here) or not {"/", "#"} & set(name)]
         if lost:
             raise InputError(

@@ -53,11 +53,11 @@ def random(key: jax.Array, site: Site, view: View, per_cell: tuple[str, ...], ra
     """
     outer, inner = _axes(site, view, per_cell)
     sizes = {**view.outputs.sizes, **dict(zip(site.axes, site.shape, strict=True))}
-    outputs = math.prod(sizes[a] for a in outer if a not in site.axes and a not in per_cell)
-    if rank is not None and rank > outputs:
+    ends = [math.prod(sizes[a] for a in axes) for axes in (outer, inner)]
+    if rank is not None and rank > min(ends):
         raise InputError(
-            f"a matrix from {outputs} outputs has a rank of {outputs} at most: give feedback a smaller rank than {rank} (--feedback-rank), or "
-            "leave it whole."
+            f"feedback from {ends[0]} outputs to {ends[1]} units has a rank of {min(ends)} at most, not {rank}: give it a smaller one "
+            "(--feedback-rank), or leave it whole."
         )
     units = math.prod(n for a, n in zip(site.axes, site.shape, strict=True) if a != "batch")
     if rank is None:

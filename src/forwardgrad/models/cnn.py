@@ -80,7 +80,7 @@ class CNN:
             if min(height, width) < 1:
                 raise InputError(
                     f"images of {shape[0]} x {shape[1]} pixels leave nothing of convolution {i + 1} of {len(self.channels)}, each {self.kernel} x "
-                    f"{self.kernel}: set a smaller --kernel{', or fewer convolutions by fewer numbers after --channels' if i else ''}."
+                    f"{self.kernel}: set a smaller --kernel{', or give --channels fewer numbers' if i else ''}."
                 )
             inputs = channels
             features = height * width * channels

@@ -51,8 +51,8 @@ def lg_fg_a_plus(
 
     - *hidden taps*: the tap right below each local loss is not displaced. Its layer gets its exact gradient, one hop through the head's
       weights, and its units add no noise to the scalar of all others.
-    - *a predictor* p: the error through feedback matrices that are fitted to the tangents (`guesses.fitted_feedback`, a module). The variance is that
-      of ∇ - p in place of ∇.
+    - *a predictor* p: the error through feedback matrices that are fitted to the tangents (`fitted_feedback` of `guesses.fitted_feedback`, through
+      LocalMixer's ReLU and normalisation). The variance is that of ∇ - p in place of ∇.
     - *token mixing in a tangent of its own, by whichever is fewer*: the column of P weights and a bias that makes an output patch, a direction
       per example, or the activities that share the column: C features, about C/2 where those that are off are left out. In one tangent tokens
       and channels drown in each other's noise, the channel layers most of all where the tokens' weights are displaced.

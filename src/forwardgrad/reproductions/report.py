@@ -85,7 +85,11 @@ def _section(title: str, found: list[dict[str, Any]]) -> str:
 
 def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]], printed: bool) -> str:
     """In Markdown; empty without rows."""
-    kept = [i for i, name in enumerate(columns) if printed or name not in OF_PAPER]
+    kept = [
+        i
+        for i, name in enumerate(columns)
+        if printed or name not in OF_PAPER or (name == "variant" and {row[i] for row in rows} != {"paper"})
+    ]
     lines = [columns, ("---",) * len(columns), *rows] if rows else []
     return "".join(f"| {' | '.join(row[i] for i in kept)} |\n" for row in lines)
 
@@ -127,7 +131,7 @@ def _row(one: dict[str, Any]) -> tuple[str, ...]:
         one["cell"]["column"],
         one["cell"]["row"],
         records.both(one["paper_test_error"], one["paper_train_error"]),
-        records.both(one["test_error"], one["train_error"]),
+        "diverged" if one["verdict"] == "diverged" else records.both(one["test_error"], one["train_error"]),
         records.said(one),
         _epochs(one),
         str(one["seed"]),
@@ -151,7 +155,7 @@ def _time(seconds: float) -> str:
 def main(argv: list[str]) -> int:
     """Write RESULTS.md, or the second argument, from `results`, or the first: the exit code, 2 where there is nothing to write it from."""
     results, path = (*map(Path, argv[:2]), *(Path("results"), Path("RESULTS.md"))[len(argv) :])
-    if len(argv) > 2 or not any(results.glob("*/*/*.json")):
+    if len(argv) > 2 or not any(results.rglob("*.json")):
         print(f"{results} holds no records: give the directory of results, and the file to write.", file=sys.stderr)
         return 2
     path.write_text(report(results))

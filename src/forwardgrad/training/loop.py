@@ -19,7 +19,7 @@ import numpy as np
 
 from forwardgrad import data
 from forwardgrad.errors import Diverged, InputError, Interrupted
-from forwardgrad.presets.experiment import Experiment
+from forwardgrad.presets.experiment import NEEDS, OPTIONS, Experiment
 from forwardgrad.training import auto
 from forwardgrad.training.checkpoint import Checkpoints
 from forwardgrad.training.learner import Learner, StepLog, TrainState
@@ -119,6 +119,8 @@ def _loop(
     while True:
         if observe is not None and step % learner.steps_per_epoch == 0:
             observe(state)
+            if signals.arrived:
+                raise _interrupted(signals.arrived, step, learner, checkpoints)
         if step == learner.total_steps:
             return state
         began = time.monotonic()
@@ -157,11 +159,15 @@ def _loop(
             checkpoints.save(state)
             saved = time.monotonic()
         if signals.arrived:
-            raise Interrupted(
-                signals.arrived,
-                f"stopped at step {step} of {learner.total_steps}; a checkpoint is written: go on with the same flags and --run-dir "
-                f"{shlex.quote(str(checkpoints.directory.parent))} --resume (train), or repeat the command (compare, reproduce, diagnose).",
-            )
+            raise _interrupted(signals.arrived, step, learner, checkpoints)
+
+
+def _interrupted(signum: int, step: int, learner: Learner, checkpoints: Checkpoints) -> Interrupted:
+    return Interrupted(
+        signum,
+        f"stopped at step {step} of {learner.total_steps}; a checkpoint is written: go on with the same flags and --run-dir "
+        f"{shlex.quote(str(checkpoints.directory.parent))} --resume (train), or repeat the command (compare, reproduce, diagnose).",
+    )
 
 
 def _next_count(learner: Learner, step: int, seconds_per_step: float, checkpoint_every: int) -> int:
@@ -238,7 +244,8 @@ def differences(directory: Path, experiment: Experiment) -> dict[str, tuple[Any,
         InputError, TypeError, KeyError
     ):  # of a model or a field that is no more: compared as it is written
         there = json.loads(json.dumps(Experiment.from_json(there).to_json()))
-    return {k: (there.get(k), here.get(k)) for k in {*there, *here} - HOW if there.get(k) != here.get(k)}
+    idle = {name for name in (*OPTIONS, *NEEDS) if experiment.idle(name)}
+    return {k: (there.get(k), here.get(k)) for k in {*there, *here} - HOW - idle if there.get(k) != here.get(k)}
 
 
 def finished(directory: Path, experiment: Experiment) -> dict[str, Any] | None:
