@@ -374,7 +374,7 @@ def test_local_heads_are_left_out_where_none_is_wanted(model):
     [
         (CNN(), (28,), "use --model mlp"),
         (CNN(units=0), (28, 28, 1), "--channels 15 40 --kernel 5 --units 128"),
-        (CNN(), (8, 8, 1), "set a smaller --kernel, or fewer --channels"),
+        (CNN(), (8, 8, 1), "set a smaller --kernel, or give --channels fewer numbers"),
         (AlexNet(), (28,), "use --model mlp"),
         (AlexNet(units=(0, 1)), (32, 32, 3), "--units 4096 4096"),
         (AlexNet(), (14, 32, 3), "scale them up with --resize 32"),
