@@ -40,6 +40,13 @@ METHODS = {
         rule=fg.rules.projection,
     ),
     "learning predictor": lambda n: fg.wrappers.with_predictor(R.lg_fg_a(n), learned_feedback(sgd(0.5), mask=True)),
+    "two parts": lambda n: dataclasses.replace(
+        R.lg_fg_a(n),
+        parts=(
+            fg.Part(fg.rademacher(), fg.weights(only="*kernel")),
+            fg.Part(fg.gaussian(), fg.weights(only="*bias"), draws=2),
+        ),
+    ),
     "fg-a": lambda n: R.fg_a(n, mask=True, draws=2),
     "fg-a, released": lambda n: R.fg_a(n, released=True),
     "lg-fa": R.lg_fa,
@@ -60,9 +67,9 @@ def assert_same(one, other):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
-CASES = [("mixer", method) for method in ("lg-fg-a", "learning predictor", "fg-a", "fg-w")]
+CASES = [("mixer", method) for method in ("lg-bp", "lg-fg-a", "lg-fg-w", "learning predictor", "fg-a", "fg-w")]
 CASES += [("mlp", method) for method in METHODS]
-CASES += [("batch norm", method) for method in ("lg-bp", "lg-fg-w", "fg-a")]
+CASES += [("batch norm", method) for method in ("lg-bp", "lg-fg-w", "fg-a", "fg-w")]
 BY_MICROBATCHES = ("lg-bp", "lg-fg-a", "local ntk", "global, two parts", "fg-a", "fg-w")
 
 
