@@ -57,8 +57,11 @@ def parse(command: str, argv: list[str], options: Any, about: str) -> tuple[str,
     methods = [experiment.method]
     if hasattr(found, "methods"):
         methods = method_names(found.methods)
-        if any(re.fullmatch("--method(=.*)?", word) for word in argv):
-            raise InputError(f"`forwardgrad {command}` takes several methods: give them to --methods, not to --method.")
+    for one, several in (("method", "methods"), ("microbatch", "microbatches")):
+        if hasattr(found, several) and any(re.fullmatch(f"--{one}(=.*)?", word) for word in argv):
+            raise InputError(
+                f"`forwardgrad {command}` takes several {several}: give them to --{several}, not to --{one}."
+            )
     refuse_idle(argv, [dataclasses.replace(experiment, method=method) for method in methods])
     return name, experiment, found
 

@@ -7,15 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from forwardgrad.diagnostics.alignment import ALL
 from forwardgrad.diagnostics.observer import How, Observer, refuse_gaps, stored
 from forwardgrad.errors import Diverged
 from forwardgrad.presets import Experiment
 from forwardgrad.training import auto
-from forwardgrad.training.learner import Learner
+from forwardgrad.training.learner import Learner, refuse_unfit
 from forwardgrad.training.loop import finished, train
 from forwardgrad.training.metrics import read, write_json
 
@@ -53,7 +50,7 @@ def diagnose(
     """
     experiments = [dataclasses.replace(experiment, method=method) for method in methods]
     for one in experiments:
-        _refuse(one, arrays)
+        refuse_unfit(one, arrays)
     common = {name: value for name, value in experiment.to_json().items() if name != "method"}
     made: dict[str, Any] = {"preset": preset, "experiment": common, "methods": methods, **how.to_json()}
     runs, totals, rows = [], [], []
@@ -74,20 +71,6 @@ def mean_degrees(totals: Iterable[dict[str, Any]], method: str, epoch: int) -> f
     """Angle to the gradient of the method's own target, on average over layers; `None` where there is no gradient, or training ended before."""
     rows = [r for r in totals if (r["method"], r["epoch"], r["own_target"]) == (method, epoch, True)]
     return rows[0]["mean_degrees"] if rows else None
-
-
-def _refuse(one: Experiment[Any], arrays: Any) -> None:
-    """Refuse a method that this network cannot serve, before another one has trained for hours."""
-    one.check()
-    network = one.model.network(arrays.train_images.shape[1:], arrays.classes)
-    method = one.estimator(network)
-    n = one.batch_size
-    batch = {
-        "inputs": jax.ShapeDtypeStruct((n, *arrays.train_images.shape[1:]), jnp.float32),
-        "labels": jax.ShapeDtypeStruct((n,), jnp.int32),
-    }
-    params, model_state = jax.eval_shape(network.init, jax.random.key(0))
-    jax.eval_shape(method.initial_state, jax.random.key(0), params, model_state, batch)
 
 
 def _one(
