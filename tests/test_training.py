@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ import forwardgrad as fg
 from forwardgrad import data, presets
 from forwardgrad.errors import Diverged, Interrupted
 from forwardgrad.models.cnn import CNN
-from forwardgrad.training import loop, metrics
+from forwardgrad.training import loop, metrics, progress
 from forwardgrad.training.checkpoint import Checkpoints
 from forwardgrad.training.learner import Learner
 from forwardgrad.training.optimisers import optimiser, schedule
@@ -321,3 +322,18 @@ def test_one_compilation_serves_every_length_of_dispatch():
         state, log = learner.run(state, count)
         assert len(log.loss) == count
     assert learner._dispatch._cache_size() == 1
+
+
+def test_the_rate_that_lines_show_is_over_all_steps_since_the_last_line(monkeypatch, capsys):
+    clock = iter([0.0, 2.0, 3.0, 12.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    learner = SimpleNamespace(total_steps=200, experiment=SimpleNamespace(epochs=2))
+    line = lambda step, **more: {"epoch": step / 100, "loss": 1.0, "error": 50.0, **more}
+    with progress.Progress(learner, quiet=False) as shown:
+        shown.update(0, {})
+        shown.update(1, line(1))
+        shown.update(65, line(65))  # too soon for a line
+        shown.update(101, line(101, test_error=3.0))
+    lines = capsys.readouterr().err.splitlines()
+    assert [x.rpartition(", ")[2] for x in lines] == ["0.5 steps/s", "10.0 steps/s"]
+    assert "test error 3.00 %" in lines[1]

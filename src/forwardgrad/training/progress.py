@@ -27,7 +27,7 @@ class Progress:
         self._bar: Bar | None = None
         self._task = None
         self._seen: tuple[float, int] | None = None
-        self._last = 0.0
+        self._last = float("-inf")
         self._held_out = ""
 
     def __enter__(self) -> Progress:
@@ -47,9 +47,6 @@ class Progress:
     def update(self, step: int, line: Mapping[str, float]) -> None:
         """Show the state after `step` steps and its metrics line."""
         now = time.monotonic()
-        rate = (step - self._seen[1]) / max(now - self._seen[0], 1e-9) if self._seen and line else 0.0
-        if line or self._seen is None:
-            self._seen = (now, step)
         held_out = next(
             (
                 f", {k.split('_')[0]} error {v:.2f} %"
@@ -60,15 +57,20 @@ class Progress:
         )
         self._held_out = held_out or self._held_out
         if not line:
+            self._seen = self._seen or (now, step)
             if self._bar is not None and self._task is not None:
                 self._bar.update(self._task, completed=step)
             return
+        if self._quiet or (self._bar is None and not held_out and now - self._last <= 30):
+            return
+        # over all steps since the last time: an epoch's last dispatch is short, and has the evaluation with it
+        rate = (step - self._seen[1]) / max(now - self._seen[0], 1e-9) if self._seen else 0.0
+        self._seen, self._last = (now, step), now
         epoch = f"epoch {line['epoch']:.1f}/{self._learner.experiment.epochs}"
         numbers = f"loss {line['loss']:.3f}, error {line['error']:.1f} %{self._held_out}, {rate:.1f} steps/s"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step, epoch=epoch, numbers=numbers)
-        elif not self._quiet and (held_out or now - self._last > 30):
-            self._last = now
+        else:
             print(f"{epoch}: step {step}, {numbers}", file=sys.stderr, flush=True)
 
     def __exit__(self, *_: object) -> None:
