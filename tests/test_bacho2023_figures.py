@@ -130,13 +130,18 @@ def files(out, summary):
 
 
 def test_what_figure_6_makes_of_its_points():
-    keys = ("method", "sigma", "variance", "train_loss")
-    point = lambda method, sigma, variance, loss: dict(zip(keys, (method, sigma, variance, loss), strict=True))
+    keys = ("method", "sigma", "variance", "train_loss", "output")
+    point = lambda *values, output="readout": dict(zip(keys, (*values, output), strict=True))
     noisy = [point("bp", 1.0, 1.0, 0.5), point("bp", 10.0, 100.0, 2.0)]
-    found = [point("bp", 0.0, 0.0, 0.1), *noisy, point("fg-w", 0.0, 10.0, 1.0), point("fdfa", 0.0, 1e-3, 1.0)]
+    found = [point("bp", 0.0, 0.0, 0.1), *noisy, point("fg-w", 0.0, 10.0, 1.0), point("fdfa", 0.0, 1e-3, 0.6)]
     # half way between 1 and 100 on the logarithmic axis, and below all of them
-    assert bacho2023_figure6.off_the_line(found) == pytest.approx({"fg-w": 1.0 / 1.25, "fdfa": 1.0 / 0.5})
+    assert bacho2023_figure6.off_the_line(found) == pytest.approx({"fg-w": 1.0 / 1.25, "fdfa": 0.6 / 0.5})
     assert bacho2023_figure6.ranks(found[:3]) == pytest.approx(1.0)
+    # what is off the line counts, but for the point that has another layer's variance too
+    whole = point("fg-w", 0.0, 200.0, 40.0, output="layer")
+    assert bacho2023_figure6.conclude([*found[:4], whole])["passes"]
+    assert f"{bacho2023_figure6.WHOLE} x 20.00" in bacho2023_figure6.conclude([*found[:4], whole])["said"]
+    assert not bacho2023_figure6.conclude([*found[:4], point("fg-a", 0.0, 200.0, 40.0)])["passes"]
     assert bacho2023_figure6.ranks([*noisy, point("fdfa", 0.0, 1e-3, 3.0)]) == pytest.approx(-0.5)
 
 
@@ -173,10 +178,17 @@ def test_figure_5_in_miniature(tmp_path, on_digits, monkeypatch):
 def test_figure_6_in_miniature(tmp_path, on_digits, monkeypatch):
     """Trained and measured: backpropagation with noise, and fdfa."""
     point = bacho2023_figure6.point
-    exact = {"method": "bp", "sigma": 0.0, "train_loss": 1.0, "variance": 0.0, "variance_share": 0.0}
+    exact = {
+        "method": "bp",
+        "output": "readout",
+        "sigma": 0.0,
+        "train_loss": 1.0,
+        "variance": 0.0,
+        "variance_share": 0.0,
+    }
     some = lambda one, arrays, sigma, draws: point(one, arrays, sigma, draws) if sigma or one.method != "bp" else exact
     monkeypatch.setattr(bacho2023_figure6, "point", some)
-    monkeypatch.setattr(bacho2023_figure6, "METHODS", ("fdfa",))
+    monkeypatch.setattr(bacho2023_figure6, "METHODS", (("fdfa", "readout"),))
     summary = bacho2023_figure6.run(
         tmp_path, units=8, train_images=256, draws=8, sigmas=(0.0, 0.1), say=lambda line: None
     )

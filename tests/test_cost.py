@@ -125,7 +125,7 @@ def test_auto_measures_once_and_remembers(tmp_path, monkeypatch):
     experiment = dataclasses.replace(SMALL, microbatch="auto")
     assert auto.chosen(experiment, arrays).microbatch == 8
     assert auto.chosen(dataclasses.replace(experiment, seed=3, lr=0.1), arrays).microbatch == 8
-    assert calls == [cost.divisors(task())]
+    assert calls == [cost.microbatches(task())]
     auto.chosen(dataclasses.replace(experiment, method="bp"), arrays)
     assert len(calls) == 2
     auto.memory().write_text("{")  # damaged: measured again

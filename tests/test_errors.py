@@ -15,6 +15,7 @@ import forwardgrad as fg
 from forwardgrad import errors, recipes, taps
 from forwardgrad.guesses.feedback import kolen_pollack, learned_feedback
 from forwardgrad.guesses.fitted_feedback import fitted_feedback
+from forwardgrad.guesses.local import local_gradient
 from forwardgrad.guesses.ntk import ntk
 from forwardgrad.guesses.replay import feedback_alignment
 from forwardgrad.guesses.weight_mirror import weight_mirror
@@ -71,6 +72,15 @@ def mlp_by(recipe):
     network = MLP(hidden=(3,)).network((3, 1, 1), 2)
     batch = {"inputs": jnp.ones((4, 3, 1, 1)), "labels": jnp.zeros(4, int)}
     recipe(network).init(jax.random.key(0), *network.init(jax.random.key(0)), batch)
+
+
+def guided_without_readout():
+    """Guesses by the losses of two layers, of which the first has none."""
+    network = MLP(hidden=(3, 3), local_heads=False).network((3, 1, 1), 2)
+    batch = {"inputs": jnp.ones((4, 3, 1, 1)), "labels": jnp.zeros(4, int)}
+    point = {"target": fg.global_loss(), "insertion": fg.activations(), "partition": ("batch",)}
+    method = fg.estimator(network, guess=local_gradient(), rule=fg.rules.projection, **point)
+    jax.eval_shape(lambda: once(method, *network.init(jax.random.key(0)), batch).grads)
 
 
 def predicted(method):
@@ -148,6 +158,7 @@ CASES = {
     "direction's shape": (lambda: estimate(guess=fg.given({"chan": jnp.ones(3)}), insertion=one), r"has shape \(3,\): give \(3, 2, 4\), the axes batch patch unit"),
     "mask on weights": (lambda: estimate(guess=fg.masked(FIXED), insertion=fg.weights()), r"'b0#(tok|chan)' is a weight: leave the mask out \(mask=False\)"),
     "bare readout": (lambda: estimate(edited(readout=mixer(1).blocks[0].readout._replace(init=lambda key: ())), guess=ntk(), rule=fg.rules.projection), "b0 has no parameters: use a network with local readouts"),
+    "guided without readout": (guided_without_readout, "needs readouts, and 'layer0' has none: use a network with local readouts"),
     "one loss for all examples": (lambda: value_along(Named(jnp.ones((4, 3)), ("batch", "#:0"))), "return a vector of losses, not their mean"),
     "microbatch": (lambda: in_pieces(recipes.fg_a(mixer(1)), 2), "microbatches of 2 do not divide a batch of 3: choose a divisor"),
     "microbatch, state": (lambda: in_pieces(recipes.fg_a(edited(init=lambda key: (problem(1)[0]["b0"]["layers"], jnp.ones(1)))), 3), "use the whole batch"),

@@ -21,7 +21,13 @@ from forwardgrad.cli import main as cli
 from forwardgrad.reproductions.cells import verdict
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "RESULTS.md",
+    *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")),
+)
 
 
 def text(document):
@@ -74,7 +80,11 @@ def test_readme_python(number, where_it_ran, monkeypatch):
 
 
 @pytest.mark.quick_compile
-@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sorted((ROOT / "docs").glob("*.md")) if blocks(path, "python")],
+    ids=lambda path: path.name,
+)
 def test_docs_python(path):
     for block in blocks(path, "python"):
         exec(compile(block, path.name, "exec"), {"__name__": "docs"})
@@ -84,10 +94,19 @@ def test_readme_shows_the_idea_by_line_40():
     assert text("README.md").splitlines().index("## The idea") < 30
 
 
-@pytest.mark.parametrize("words", commands("README.md"), ids=" ".join)
-def test_commands_of_readme_exist_with_their_flags(words, capsys):
+def every_command():
+    """Of all documents but RESULTS.md, whose commands `test_reproductions.py` compares with the records."""
+    return list(
+        dict.fromkeys(
+            tuple(words) for document in DOCUMENTS if document != "RESULTS.md" for words in commands(document)
+        )
+    )
+
+
+@pytest.mark.parametrize("words", every_command(), ids=" ".join)
+def test_commands_of_documents_exist_with_their_flags(words, capsys):
     name, *rest = words
-    preset = [word for word in rest[:1] if word in presets.names()] if name in ("train", "compare") else []
+    preset = [word for word in rest[:1] if word in presets.names()]
     model = [part for i, word in enumerate(rest) if word == "--model" for part in rest[i : i + 2]]
     with pytest.raises(SystemExit, match=r"^(0|None)?$"):
         cli.dispatch([name, *preset, *model, "--help"])
@@ -114,8 +133,8 @@ def test_readme_test_command_is_the_one_of_ci():
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_relative_links_lead_to_files(document):
     links = re.findall(r"\]\(([^)]+)\)", text(document))
-    missing = [link for link in links if "://" not in link and not (ROOT / link.partition("#")[0]).exists()]
-    assert links
+    here = (ROOT / document).parent
+    missing = [link for link in links if "://" not in link and not (here / link.partition("#")[0]).exists()]
     assert not missing
 
 

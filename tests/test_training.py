@@ -158,7 +158,9 @@ def test_a_checkpoint_crosses_executors_and_microbatches(finished, tmp_path):
         np.testing.assert_allclose(one[name], other[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("at", [3, 22, -22], ids=["on the way", "in the last step", "when the end is observed"])
+@pytest.mark.parametrize(
+    "at", [3, -11, 22, -22], ids=["on the way", "observed", "in the last step", "when the end is observed"]
+)
 def test_a_signal_saves_and_leaves_and_the_run_goes_on(finished, tmp_path, at, monkeypatch):
     directory, steps, signum = tmp_path / "run", Learner.run, signal.SIGINT  # tests/test_cli.py sends SIGTERM
 
@@ -225,7 +227,7 @@ def test_a_directory_is_never_overwritten(finished, tmp_path):
     with pytest.raises(fg.InputError, match=r"another configuration: lr \(0.03 there, 0.5 here\)"):
         loop.train(dataclasses.replace(SMALL, lr=0.5), finished[0], preset="digits", resume=True, quiet=True)
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(fg.InputError, match="holds no run: choose another --run-dir"):
+    with pytest.raises(fg.InputError, match="holds no run: choose another directory"):
         loop.train(SMALL, tmp_path, preset="digits", quiet=True)
 
 
@@ -241,6 +243,11 @@ def test_damaged_runs_are_refused_with_the_remedy(finished, tmp_path):
         loop.train(SMALL, directory, preset="digits", resume=True, quiet=True)
     shutil.rmtree(directory / "checkpoints")
     with pytest.raises(fg.InputError, match="has no checkpoint yet"):
+        fg.load_run(directory)
+    config = json.loads((directory / "config.json").read_text())
+    config["experiment"]["model"]["depth"] = 3
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(fg.InputError, match="holds a run of another version"):
         fg.load_run(directory)
     (directory / "config.json").write_text("{")
     with pytest.raises(fg.InputError, match="is damaged"):

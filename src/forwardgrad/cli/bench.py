@@ -11,14 +11,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from forwardgrad.cli.options import Places, method_names, parse
+from forwardgrad.cli.options import method_names, parse
+from forwardgrad.data.files import make_folder
 from forwardgrad.errors import InputError
 
 REFERENCES = ("bp", "bp-checkpointed")
+# of an experiment, what a step on random images does not depend on
+UNUSED = (
+    *("epochs", "lr", "schedule", "decay", "warmup_epochs", "pixels", "flip", "crop", "seed", "train_images"),
+    "validation",
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(Places):
+class Options:
     """What is measured, and where the results go."""
 
     methods: str = "bp,bp-checkpointed,lg-bp,lg-fg-a"
@@ -44,7 +50,7 @@ def run(argv: list[str]) -> int:
     """`forwardgrad bench [PRESET] --methods a,b --out DIR`."""
     about = "Measure what a training step costs, on random images of the data set's shape."
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or no second process could measure its peak
-    preset, experiment, options = parse("bench", argv, Options(), about)
+    preset, experiment, options = parse("bench", argv, Options(), about, unused=UNUSED)
     methods = method_names(options.methods)
     if options.out is None:
         raise InputError("bench needs a directory for its results: add --out DIR.")
@@ -59,11 +65,14 @@ def run(argv: list[str]) -> int:
     console = Console(stderr=True)
     rows: list[dict[str, Any]] = []
     product = cost.product().run
-    for size in _sizes(task, options):
+    sizes = _sizes(task, options)
+    for one in _by_method(task, methods).values():
+        cost.refuse_microbatches(one, options.microbatches)
+    make_folder(options.out, "choose another --out")
+    for size in sizes:
         title = ", ".join(f"{name} {value}" for name, value in _size(size).items() if value is not None)
         console.print(f"[bold]{title}[/bold]")
         rows += _measure(size, methods, options, product, console)
-        options.out.mkdir(parents=True, exist_ok=True)
         write_json(options.out / "bench.json", rows)
     _draw(options.out, rows, f"{preset}, {experiment.dataset} shape")
     _print(rows)
@@ -97,23 +106,30 @@ def _sizes(task: Any, options: Options) -> list[Any]:
     return [one for i, one in enumerate(out) if _size(one) not in [_size(other) for other in out[:i]]]
 
 
+def _by_method(task: Any, methods: list[str]) -> dict[str, Any]:
+    """The task by each method, and by `bp`."""
+    wanted = [*methods, *(["bp"] if "bp" not in methods else [])]
+    return {m: task._replace(experiment=dataclasses.replace(task.experiment, method=m)) for m in wanted}
+
+
 def _measure(task: Any, methods: list[str], options: Options, product: Any, console: Console) -> list[dict[str, Any]]:
     """Rows of all methods at one size; each method at its own fastest microbatch, then all of them interleaved."""
     from forwardgrad.diagnostics import cost
 
-    wanted = [*methods, *(["bp"] if "bp" not in methods else [])]
-    tasks = {m: task._replace(experiment=dataclasses.replace(task.experiment, method=m)) for m in wanted}
-    sizes = list(options.microbatches) or cost.divisors(task)
+    tasks = _by_method(task, methods)
+    sizes = {method: list(options.microbatches) or cost.microbatches(one) for method, one in tasks.items()}
     best, tried = {}, {}
     for method, one in tasks.items():
-        with console.status(f"{method}: microbatches of {', '.join(str(s) if s else 'all' for s in sizes)}"):
-            best[method], tried[method] = cost.fastest(one, sizes, 2)
-    forwards = {s: cost.forward(cost.with_microbatch(task, s)) for s in sizes}
-    with console.status(f"timing {', '.join(wanted)}"):
+        with console.status(f"{method}: microbatches of {', '.join(str(s) if s else 'all' for s in sizes[method])}"):
+            best[method], tried[method] = cost.fastest(one, sizes[method], 2)
+    forwards = {
+        s: cost.forward(cost.with_microbatch(task, s)) for s in sorted({s for one in sizes.values() for s in one})
+    }
+    with console.status(f"timing {', '.join(tasks)}"):
         runs: dict[Any, Any] = {m: t.compiled.run for m, t in best.items() if cost.fits(t.compiled)}
         runs |= {("forward", s): f.run for s, f in forwards.items()}
         taken = cost.seconds(runs | {"product": product}, options.repeats)
-    forward = min(taken["forward", s] for s in sizes)
+    forward = min(taken["forward", s] for s in forwards)
     rows = []
     for method in methods:
         one = cost.with_microbatch(tasks[method], best[method].microbatch)

@@ -39,14 +39,14 @@ def run(argv: list[str]) -> int:
     if options.out is None:
         raise InputError("compare needs a directory for its results: add --out DIR.")
     from forwardgrad.training import auto
-    from forwardgrad.training.learner import Learner, refuse_unfit
-    from forwardgrad.training.loop import finished, load_arrays, train
+    from forwardgrad.training.learner import Learner
+    from forwardgrad.training.loop import finished, load_arrays, refuse_unfit, train
     from forwardgrad.training.metrics import write_json
 
     runs: list[dict[str, Any]] = []
     arrays = load_arrays(experiment, options.data_dir, options.offline)
-    for method in methods:
-        refuse_unfit(dataclasses.replace(experiment, method=method), arrays)
+    firsts = {options.out / f"{m}-seed{experiment.seed}": dataclasses.replace(experiment, method=m) for m in methods}
+    refuse_unfit(firsts, arrays)
     for method in methods:
         learner: Learner | None = None  # one compilation serves all seeds of a method
         for seed in range(experiment.seed, experiment.seed + options.seeds):

@@ -58,10 +58,10 @@ def run(argv: list[str]) -> int:
     say = lambda line: None if options.quiet else Console(stderr=True).print(line, highlight=False)
     found = diagnose(experiment, methods, arrays, how, options.out, preset=preset, quiet=options.quiet, say=say)
     title = f"{' on '.join(dict.fromkeys((preset, experiment.dataset)))}, {how.draws} estimates on {how.examples} images, seed {experiment.seed}"
-    draw(options.out / "diagnose.png", found["rows"], title)
+    drawn = draw(options.out / "diagnose.png", found["rows"], title)
     _print_layers(found["rows"])
     _print_totals(found["totals"], found["runs"])
-    print(f"{options.out / FILE}, {options.out / 'diagnose.png'}")
+    print(", ".join(str(options.out / name) for name in (FILE, "diagnose.png")[: 1 + drawn]))
     return 0
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -36,7 +37,9 @@ class _Command(Generic[E, R]):
     options: R
 
 
-def parse(command: str, argv: list[str], options: Any, about: str) -> tuple[str, Experiment[Any], Any]:
+def parse(
+    command: str, argv: list[str], options: Any, about: str, *, unused: Sequence[str] = ()
+) -> tuple[str, Experiment[Any], Any]:
     """`[PRESET] [--model NAME] [flags]`.
 
     Args:
@@ -44,6 +47,7 @@ def parse(command: str, argv: list[str], options: Any, about: str) -> tuple[str,
       argv: what follows it.
       options: a dataclass instance: the command's own flags with their defaults.
       about: for --help.
+      unused: fields of the experiment that the command does nothing with.
 
     Returns:
       The preset's name, the experiment, the options.
@@ -61,6 +65,11 @@ def parse(command: str, argv: list[str], options: Any, about: str) -> tuple[str,
         if hasattr(found, several) and any(re.fullmatch(f"--{one}(=.*)?", word) for word in argv):
             raise InputError(
                 f"`forwardgrad {command}` takes several {several}: give them to --{several}, not to --{one}."
+            )
+    for field in unused:
+        if _flags_of(field) & _words(argv):
+            raise InputError(
+                f"--{field.replace('_', '-')} would change nothing: `forwardgrad {command}` does not use it; leave it out."
             )
     refuse_idle(argv, [dataclasses.replace(experiment, method=method) for method in methods])
     return name, experiment, found
@@ -107,10 +116,9 @@ def refuse_idle(argv: list[str], runs: list[Experiment[Any]]) -> None:
     Raises:
       InputError: which flag, why, and where it would have one.
     """
-    words = {word.partition("=")[0].replace("_", "-") for word in argv if word.startswith("--")}
+    words = _words(argv)
     for field in (f.name for f in dataclasses.fields(Experiment)):
-        name = field.replace("_", "-")
-        given = {f"--{name}", f"--no-{name}"} & words
+        given = _flags_of(field) & words
         reasons = [run.idle(field) for run in runs] if given else []
         if given and all(reasons):
             takers = [m for m in recipes.names() if OPTIONS.get(field) in recipes.find(m).options]
@@ -118,6 +126,15 @@ def refuse_idle(argv: list[str], runs: list[Experiment[Any]]) -> None:
             remedy = f"; {', '.join(takers)} have it" if takers and foreign else ""
             why = " and ".join(dict.fromkeys(reasons))
             raise InputError(f"{min(given)} would change nothing: it {why}{remedy}; leave it out.")
+
+
+def _words(argv: list[str]) -> set[str]:
+    return {word.partition("=")[0].replace("_", "-") for word in argv if word.startswith("--")}
+
+
+def _flags_of(field: str) -> set[str]:
+    name = field.replace("_", "-")
+    return {f"--{name}", f"--no-{name}"}
 
 
 def method_names(text: str) -> list[str]:
@@ -195,7 +212,7 @@ def _flags(value: Any) -> set[str]:
             out |= _flags(inner)
         else:
             name = field.name.replace("_", "-")
-            out |= {f"--{name}", f"--no-{name}"} if field.type in ("bool", bool) else {f"--{name}"}
+            out |= _flags_of(field.name) if field.type in ("bool", bool) else {f"--{name}"}
     return out
 
 

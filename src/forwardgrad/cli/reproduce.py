@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,9 @@ def _measure(module: Any, name: str, *argv: str) -> int:
     options = tyro_cli("reproduce", list(argv), kind, f"forwardgrad reproduce {name}", about, kind())
     out = options.results / name.partition(":")[0]
     say = (lambda line: None) if options.quiet else (lambda line: Console(stderr=True).print(line, highlight=False))
+    begin = time.monotonic()
     summary = module.run(out, say=say, **measured.own(options))
-    print(summary["said"])
+    print(f"{summary['said']} ({time.monotonic() - begin:.0f} s)")
     print(", ".join(str(out / file) for file in summary["files"]))
     return 0 if summary["passes"] else 1
 
@@ -115,10 +117,7 @@ def _one(cell: Cell, experiment: Experiment[Any], options: Options) -> tuple[Pat
     stem = records.stem(cell, experiment)
     directory = options.runs / cell.paper / cell.table / stem
     path = options.results / cell.paper / cell.table / f"{stem}.json"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path.parent} cannot be written ({error.strerror}): choose other --results.") from error
+    measured.refuse_unwritable(path.parent)
     try:
         result, made, run = _known(experiment, directory, options.runs) or _run(cell, experiment, directory, options)
     except Diverged as error:
@@ -133,6 +132,7 @@ def _run(cell: Cell, experiment: Experiment[Any], directory: Path, options: Opti
     from forwardgrad.training.loop import train
     from forwardgrad.training.metrics import write_json
 
+    made = records.made()  # of the source as it is now: it may be another one when training ends
     result = train(
         experiment,
         directory,
@@ -142,7 +142,6 @@ def _run(cell: Cell, experiment: Experiment[Any], directory: Path, options: Opti
         offline=options.offline,
         quiet=options.quiet,
     )
-    made = records.made()
     write_json(directory / MADE, made)
     return result, made, directory
 

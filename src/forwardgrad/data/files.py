@@ -48,8 +48,8 @@ def check_directory(data_dir: Path) -> None:
         )
 
 
-def make_folder(folder: Path) -> None:
-    """Create a folder to download into, with its parents.
+def make_folder(folder: Path, remedy: str = f"give a writable data directory with --data-dir or ${VARIABLE}") -> None:
+    """Create a folder to write into, with its parents, before anything is computed or fetched for it.
 
     Raises:
       InputError: where it cannot be created or written.
@@ -61,9 +61,7 @@ def make_folder(folder: Path) -> None:
     except OSError as error:
         writable, reason = False, error.strerror or str(error)
     if not writable:
-        raise InputError(
-            f"cannot write to {folder} ({reason}): give a writable data directory with --data-dir or ${VARIABLE}."
-        )
+        raise InputError(f"cannot write to {folder} ({reason}): {remedy}.")
 
 
 def absent(folder: Path, names: Iterable[str], url: str) -> InputError:

@@ -11,18 +11,21 @@ NOTHING = 1e-6  # relative: below this it is rounding
 OWN = "own"  # reference: the method's own target
 
 
-def draw(path: Path, rows: list[dict[str, Any]], title: str) -> None:
+def draw(path: Path, rows: list[dict[str, Any]], title: str) -> bool:
     """Small multiples that share their axes down a column, so that methods can be compared.
 
     Args:
       path: of the PNG.
       rows: as `diagnose.json` holds them.
       title: above all panels.
+
+    Returns:
+      Whether there was something to draw.
     """
     methods = list(dict.fromkeys(row["method"] for row in rows))
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     if not methods:
-        return
+        return False
     columns = [("degrees", OWN), ("bias", OWN), ("variance", OWN)]
     if any(not row["own_target"] for row in rows):
         columns.append(("degrees", "global"))
@@ -46,6 +49,7 @@ def draw(path: Path, rows: list[dict[str, Any]], title: str) -> None:
             frameon=False,
             fontsize="x-small" if len(layers) > 12 else "small",
         )
+    return True
 
 
 def draw_angles(path: Path, rows: list[dict[str, Any]], title: str) -> None:

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from forwardgrad import recipes, streaming
+from forwardgrad import checks, recipes, streaming
 from forwardgrad.engine import Estimator
+from forwardgrad.errors import InputError
 from forwardgrad.losses.products import product_p
 from forwardgrad.network import Network
 from forwardgrad.parts import Carry
@@ -177,12 +178,31 @@ def seconds(
     return {name: of(values) for name, values in taken.items()}
 
 
-def divisors(task: Task) -> list[int]:
-    """Microbatches worth trying, 0 for the whole batch: a CPU's cache wants few examples, an accelerator all of them."""
+def microbatches(task: Task) -> list[int]:
+    """Microbatches worth trying, 0 for the whole batch: a CPU's cache wants few examples, an accelerator all of them.
+
+    The whole batch alone where the method or the network refuses others (BatchNorm, scalars for the whole batch).
+    """
     n = task.experiment.batch_size
-    if jax.default_backend() != "cpu":
+    sizes = [size for size in (4, 8, 16) if size < n and n % size == 0] if jax.default_backend() == "cpu" else []
+    try:
+        refuse_microbatches(task, sizes)
+    except InputError:
         return [0]
-    return [size for size in (4, 8, 16) if size < n and n % size == 0] + [0]
+    return [*sizes, 0]
+
+
+def refuse_microbatches(task: Task, sizes: Iterable[int]) -> None:
+    """Raise where training would, by microbatches.
+
+    Raises:
+      InputError: why the result would be another one.
+    """
+    if any(sizes):
+        network, images = task.network, jax.random.normal(jax.random.key(1), (4, *task.shape))
+        method = dataclasses.replace(task.experiment, precision="float32").estimator(network)
+        batch = {"inputs": images, "labels": jnp.zeros(4, int)}
+        checks.refuse_microbatches(method, *network.init(jax.random.key(0)), batch)
 
 
 def with_microbatch(task: Task, size: int) -> Task:

@@ -12,8 +12,8 @@ from forwardgrad.diagnostics.observer import How, Observer, refuse_gaps, stored
 from forwardgrad.errors import Diverged
 from forwardgrad.presets import Experiment
 from forwardgrad.training import auto
-from forwardgrad.training.learner import Learner, refuse_unfit
-from forwardgrad.training.loop import finished, train
+from forwardgrad.training.learner import Learner
+from forwardgrad.training.loop import finished, refuse_unfit, train
 from forwardgrad.training.metrics import read, write_json
 
 FILE = "diagnose.json"
@@ -49,8 +49,7 @@ def diagnose(
       InputError: before anything trains, a method that the network cannot serve; a directory that holds something else.
     """
     experiments = [dataclasses.replace(experiment, method=method) for method in methods]
-    for one in experiments:
-        refuse_unfit(one, arrays)
+    refuse_unfit({out / f"{one.method}-seed{one.seed}": one for one in experiments}, arrays)
     common = {name: value for name, value in experiment.to_json().items() if name != "method"}
     made: dict[str, Any] = {"preset": preset, "experiment": common, "methods": methods, **how.to_json()}
     runs, totals, rows = [], [], []

@@ -55,8 +55,8 @@ def fitted_feedback(
     the shares depend on y linearly and alike in all cells, B becomes their Jacobian and the prediction exact; else it becomes the best
     linear fit. A step multiplies the error of B by 1 - α λ, λ the eigenvalues of the mean of v vᵀ D / |v|². For independent signs, and y a ReLU of z,
     the mean's expectation is diagonal: the share of cells in which a unit is on, at most 1; in M cells it is at most about
-    (1 + √(D/M))² <= 2 (1 + D/M) by chance, so that the error does not grow for rates up to 1. A normalisation in `through` takes two of the D
-    dimensions away: λ <= D / (D - 2), a bound that says nothing for two units.
+    (1 + √(D/M))² <= 2 (1 + D/M) by chance, so that the error does not grow for rates up to 1. A normalisation in `through` takes one of the D
+    dimensions away, two where all units are on: λ is then about D / (D - 2) at most, which says nothing for two units.
 
     Cost: per draw and site two products like the head's, one as large again for e B; a site that lacks an axis of the cells, as token mixing
     lacks groups, has them for each of their slices. State: [cells that the site lacks, class, units] per layer, units without those of other examples

@@ -18,7 +18,7 @@ def ntk(*, redraw: bool = True) -> Guess:
       redraw: a fresh readout each step, shared by the batch; False keeps the first one ("fixed NTK"). Drawn by the readouts' own `init`.
 
     Raises:
-      InputError: (when used) a readout without parameters to draw.
+      InputError: (when used) a readout without parameters to draw; a site in a block without readout.
     """
 
     def readouts(key: jax.Array, view: View) -> dict[str, Any]:

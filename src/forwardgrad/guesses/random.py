@@ -133,7 +133,8 @@ def orthogonal() -> Guess:
         rests = [[a for a in site.noise_axes if a not in common] for site in sites]
         lengths = [math.prod(s[a] for a in rest) for s, rest in zip(sizes, rests, strict=True)]
         shape, dim = tuple(sizes[0][a] for a in common), sum(lengths)
-        dtype = jnp.result_type(*(site.dtype for site in sites))
+        # there is no QR factorisation in half precision
+        dtype = jnp.promote_types(jnp.result_type(*(site.dtype for site in sites)), jnp.float32)
         base = sites[0].key(key)
 
         def one_set(number: int, count: int) -> jax.Array:
@@ -153,8 +154,9 @@ def orthogonal() -> Guess:
         u = jnp.moveaxis(u, -1, 0)  # [draw, *common, dim]
         pieces = jnp.split(u, list(_ends(lengths))[:-1], -1)
         out = {}
-        for name, piece, rest, size in zip(view.sites, pieces, rests, sizes, strict=True):
-            out[name] = Named(piece.reshape(view.draws, *shape, *(size[a] for a in rest)), ("draw", *common, *rest))
+        for (name, site), piece, rest, size in zip(view.sites.items(), pieces, rests, sizes, strict=True):
+            value = piece.reshape(view.draws, *shape, *(size[a] for a in rest)).astype(site.dtype)
+            out[name] = Named(value, ("draw", *common, *rest))
         return out
 
     return Guess(propose, name="orthogonal")
@@ -163,8 +165,8 @@ def orthogonal() -> Guess:
 def antithetic(guess: Guess) -> Guess:
     """Directions in pairs u, -u, of any guess: for a measured derivative, where the loss is curved.
 
-    The mean of a pair is d u with d = (f(x + εu) - f(x - εu)) / 2ε: of `probes.finite_difference` the error that is even in ε, of which
-    curvature is the first, is taken out, and O(ε²) is left, for the price of two draws. An exact derivative is odd in u, so that with
+    The mean of a pair is d u with d = (f(x + εu) - f(x - εu)) / 2ε: of `probes.finite_difference` the error that is odd in ε, of which
+    curvature's ½ ε uᵀ H u is the first, is taken out, and O(ε²) is left, for the price of two draws. An exact derivative is odd in u, so that with
     `probes.jvp` both halves give the same estimate and a pair is worth one draw: never use it there.
 
     Raises:

@@ -60,7 +60,7 @@ def find(name: str) -> Callable[..., Model]:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise InputError(
             f"model {name!r} cannot be imported ({error}): give package.module:object, importable from here."
         ) from error

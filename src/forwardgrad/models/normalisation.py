@@ -18,6 +18,9 @@ def normalise(x: jax.Array, axes: tuple[int, ...] = (-1,)) -> jax.Array:
     The Jacobian J = r (1 - 1 1ᵀ/n - y yᵀ/n), r = 1/sqrt(variance + 1e-5), is symmetric, so that one formula is the rule of both modes:
     J v = r (v - mean(v) - y mean(y v)).
 
+    The variance is mean(x²) - mean(x)², in x's own precision: for inputs whose mean is not much larger than their standard deviation, as
+    activations are. In float32 the largest error of y is 5e-5 where it is 10 times as large, and 3e-3 where it is 100 times.
+
     Args:
       x: any shape.
       axes: axes normalised over: the last one, or several up to the last.
@@ -69,7 +72,7 @@ class Norm(nnx.Module):
     |---|---|---|
     | local | the last axis: a patch's channels, or a group's in grouped layers | examples, patches, groups |
     | ln | all axes but the batch | examples |
-    | bn | the batch, for each unit; running statistics in evaluation | patches, groups |
+    | bn | the batch, for each unit; in evaluation running statistics, which move by 0.01 a step | patches, groups |
     | none | nothing | everything |
     """
 

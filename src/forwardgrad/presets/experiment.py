@@ -80,7 +80,7 @@ class Experiment(Generic[M]):
     draws: int = 1
     """directions per step, averaged"""
     mask: bool = True
-    """do not perturb units that their ReLU switches off, for methods that perturb activations"""
+    """no perturbation, and no feedback, for units that their ReLU switches off; for methods that perturb or credit activations"""
     losses: Literal["block+patch+group", "block+patch", "block", "patch+group", "global"] = "block+patch+group"
     """lg-fg-a only: where losses are. Without `block` there is the last block's alone, or, with `global`, the final one; `patch+group` is biased"""
     norm_gradient: bool = True
@@ -175,10 +175,14 @@ class Experiment(Generic[M]):
             ("crop", 0),
             ("seed", 0),
             ("feedback_rank", 0),
+            *(() if self.microbatch == "auto" else (("microbatch", 0),)),
         ):
             if getattr(self, name) < least:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} must be at least {least}, not {getattr(self, name)}.")
+        for name, most in (("seed", 2**32 - 1), ("epochs", 10**6)):
+            if getattr(self, name) > most:
+                raise InputError(f"--{name} must be at most {most}, not {getattr(self, name)}.")
         for name in ("lr", "feedback_lr", "alpha", "decay", "predictor_rate"):
             if not getattr(self, name) > 0:
                 raise InputError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}.")

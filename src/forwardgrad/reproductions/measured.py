@@ -1,7 +1,8 @@
 """Flags of figures that are measured as a whole, in place of cells.
 
 A module that is named as `measured_by` may define `Options`, a dataclass with one of these as its base. `run(out, say=...)` is then given every field
-of it that is not one of `Options` here.
+of it that is not one of `Options` here, and returns what `conclude` says of what it has written, and the names of its `files`. `conclude` is given
+what the JSON file holds, and returns at least `passes` and a sentence, `said`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from forwardgrad.data.files import make_folder
 from forwardgrad.errors import InputError
 
 
@@ -37,6 +39,15 @@ def own(options: Options) -> dict[str, Any]:
     """What `run` is given by name."""
     common = {f.name for f in dataclasses.fields(Options)}
     return {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name not in common}
+
+
+def refuse_unwritable(out: Path) -> None:
+    """Make the folder of the results, before anything is measured.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    make_folder(out, "choose other --results")
 
 
 def refuse_less(**values: tuple[int, int]) -> None:

@@ -111,14 +111,15 @@ def made() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Of the checkout that the package runs from; `None` where it does not run from one."""
+    """Of the checkout that the package runs from, with "-dirty" where its source has been changed since; `None` where it does not run from one."""
     here = Path(forwardgrad.__file__)
     try:
         for words in (("ls-files", "--error-unmatch", here.name), ("rev-parse", "--short", "HEAD")):
             done = subprocess.run(["git", *words], cwd=here.parent, capture_output=True, text=True, check=True)
+        changes = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "."], cwd=here.parent, check=False)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip() or None
+    return done.stdout.strip() + "-dirty" * (changes.returncode == 1)
 
 
 def said(one: dict[str, Any]) -> str:

@@ -61,7 +61,7 @@ def table3() -> list[Cell]:
 
 def table5() -> list[Cell]:
     """BatchNorm couples examples: no microbatches. It and layer normalisation mix what `lg-fg-a` takes to be apart: biased, as in the paper, as is
-    every credit that skips a normalisation."""
+    every credit that skips a normalisation. In evaluation ours has running statistics; the released code, batch statistics there too."""
     out = []
     for norm, text in TABLE_5.items():
         own: dict[str, Any] = {"norm": norm} | ({"microbatch": 0} if norm == "bn" else {})

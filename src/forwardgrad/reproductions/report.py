@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from forwardgrad import reproductions
 from forwardgrad.reproductions import records
+from forwardgrad.training.metrics import write_text
 
 HEAD = """# Results
 
@@ -24,7 +26,7 @@ with a number that took all of them, and says by how much it is off.
 MEASURED = """
 ### {title}
 
-Measured by `forwardgrad reproduce {name}`.
+Measured by `forwardgrad reproduce {name}`, {verdict}: {said}.
 """
 MEANS = """
 Means over seeds, ± the standard deviation of one:
@@ -57,12 +59,20 @@ def report(results: Path) -> str:
             mine.sort(
                 key=lambda one: (_place(records.name_of(one), order), one["shortened"], -one["epochs"], one["command"])
             )
-            parts.append(_section(title, mine) if mine else MEASURED.format(title=title, name=f"{paper}:{table}"))
+            parts.append(_section(title, mine) if mine else _measured(title, paper, table, results))
             if (paper, table) in drawn:
                 parts.append(f"\n![{title}]({results.name}/{paper}/{table}.png)\n")
     if not found:
         parts.append("\nThere is no record yet.\n")
     return "".join(parts)
+
+
+def _measured(title: str, paper: str, table: str, results: Path) -> str:
+    """What the module that measures a figure concludes from the numbers that are stored."""
+    module = reproductions.measurement(f"{paper}:{table}")
+    concluded = module.conclude(json.loads((results / paper / f"{table}.json").read_text()))
+    verdict = "which bears it out" if concluded["passes"] else "which does **not** bear it out"
+    return MEASURED.format(title=title, name=f"{paper}:{table}", verdict=verdict, said=concluded["said"])
 
 
 def _picture(results: Path, paper: str, table: str) -> Path:
@@ -158,7 +168,7 @@ def main(argv: list[str]) -> int:
     if len(argv) > 2 or not any(results.rglob("*.json")):
         print(f"{results} holds no records: give the directory of results, and the file to write.", file=sys.stderr)
         return 2
-    path.write_text(report(results))
+    write_text(path, report(results))
     return 0
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from forwardgrad.data import Arrays
+from forwardgrad.data.files import cache_directory
 from forwardgrad.diagnostics import cost
 from forwardgrad.errors import InputError
 from forwardgrad.presets.experiment import Experiment
@@ -36,8 +36,7 @@ FREE = (
 
 def memory() -> Path:
     """The file that remembers, in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "forwardgrad" / "microbatch.json"
+    return cache_directory() / "microbatch.json"
 
 
 def chosen(experiment: Experiment[Any], arrays: Arrays) -> Experiment[Any]:
@@ -57,7 +56,7 @@ def chosen(experiment: Experiment[Any], arrays: Arrays) -> Experiment[Any]:
 
 
 def _measured(task: cost.Task) -> int:
-    sizes = [size for size in cost.divisors(task) if size == 0 or _accepted(task, size)]
+    sizes = cost.microbatches(task)
     if len(sizes) == 1:
         return sizes[0]
     best, _ = cost.fastest(task, sizes, repeats=3)
@@ -67,21 +66,6 @@ def _measured(task: cost.Task) -> int:
             "--batch-size, or --microbatch 1."
         )
     return best.microbatch
-
-
-def _accepted(task: cost.Task, size: int) -> bool:
-    from forwardgrad import checks
-
-    network = task.network
-    params, model_state = network.init(jax.random.key(0))
-    method = dataclasses.replace(task.experiment, microbatch=size, precision="float32").estimator(network)
-    shape = (4, *task.shape)
-    batch = {"inputs": jax.random.normal(jax.random.key(1), shape), "labels": jax.numpy.zeros(4, int)}
-    try:
-        checks.refuse_microbatches(method, params, model_state, batch)
-    except InputError:
-        return False
-    return True
 
 
 def _key(task: cost.Task) -> str:

@@ -52,7 +52,7 @@ class Checkpoints:
         """
         expected = _flat(like)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), expected)
-        remedy = "start again in another --run-dir, or remove the damaged checkpoint to go on from the one before."
+        remedy = "start again in another directory, or remove the damaged checkpoint to go on from the one before."
         try:
             stored = self._manager.restore(self.latest, args=ocp.args.StandardRestore(shapes))
         except Exception as error:  # Orbax raises many kinds

@@ -45,24 +45,6 @@ class StepLog(NamedTuple):
     target: np.ndarray
 
 
-def refuse_unfit(experiment: Experiment, arrays: Arrays) -> None:
-    """Refuse a method that the network cannot serve, without computing anything: for those who train several, before the first has trained for hours.
-
-    Raises:
-      InputError: values that cannot train, a model that does not fit the images, a method that does not fit the model.
-    """
-    experiment.check()
-    network = experiment.model.network(arrays.train_images.shape[1:], arrays.classes)
-    method = experiment.estimator(network)
-    n = experiment.batch_size
-    batch = {
-        "inputs": jax.ShapeDtypeStruct((n, *arrays.train_images.shape[1:]), jnp.float32),
-        "labels": jax.ShapeDtypeStruct((n,), jnp.int32),
-    }
-    params, model_state = jax.eval_shape(network.init, jax.random.key(0))
-    jax.eval_shape(method.initial_state, jax.random.key(0), params, model_state, batch)
-
-
 class Learner:
     """An experiment on given arrays.
 

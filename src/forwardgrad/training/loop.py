@@ -8,7 +8,7 @@ import json
 import shlex
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -120,6 +120,7 @@ def _loop(
         if observe is not None and step % learner.steps_per_epoch == 0:
             observe(state)
             if signals.arrived:
+                checkpoints.save(state)
                 raise _interrupted(signals.arrived, step, learner, checkpoints)
         if step == learner.total_steps:
             return state
@@ -225,10 +226,10 @@ def refuse_other_run(directory: Path, experiment: Experiment, resume: bool) -> N
         if different:
             listed = ", ".join(f"{k} ({there} there, {here} here)" for k, (there, here) in sorted(different.items()))
             raise InputError(
-                f"{directory} holds a run of another configuration: {listed}; use the same flags, or another --run-dir."
+                f"{directory} holds a run of another configuration: {listed}; use the same flags, or another directory."
             )
     elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise InputError(f"{directory} is not empty and holds no run: choose another --run-dir.")
+        raise InputError(f"{directory} is not empty and holds no run: choose another directory.")
 
 
 def differences(directory: Path, experiment: Experiment) -> dict[str, tuple[Any, Any]]:
@@ -254,6 +255,20 @@ def finished(directory: Path, experiment: Experiment) -> dict[str, Any] | None:
         return None if differences(directory, experiment) else json.loads((directory / "result.json").read_text())
     except (InputError, OSError, ValueError):
         return None
+
+
+def refuse_unfit(experiments: Mapping[Path, Experiment], arrays: data.Arrays) -> None:
+    """Refuse what cannot train, before the first of several has trained for hours.
+
+    Args:
+      experiments: by their directories; what is finished there is not looked at.
+
+    Raises:
+      InputError: a model that does not fit the images, a method that does not fit the model, an estimate that would be biased.
+    """
+    for directory, experiment in experiments.items():
+        if finished(directory, experiment) is None:
+            Learner(experiment, arrays).init()
 
 
 def claim(directory: Path, experiment: Experiment, preset: str, arrays: data.Arrays) -> None:
@@ -283,7 +298,7 @@ def claim(directory: Path, experiment: Experiment, preset: str, arrays: data.Arr
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / "config.json", config)
     except OSError as error:
-        raise InputError(f"{directory} cannot be written ({error.strerror}): choose another --run-dir.") from error
+        raise InputError(f"{directory} cannot be written ({error.strerror}): choose another directory.") from error
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -301,7 +316,7 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{directory} holds no run (no config.json): give the directory that `forwardgrad train` wrote."
         ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged: restore it, or train again in another --run-dir.") from error
+        raise InputError(f"{path} is damaged: restore it, or train again in another directory.") from error
 
 
 class _Signals:

@@ -14,11 +14,16 @@ from forwardgrad.training.pictures import logarithmic, picture
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file so that a reader sees the old file or the new one, never a part. Lists of numbers stand on one line."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     text = json.dumps(value, indent=2, allow_nan=True)
     # a line break inside brackets stands in no string
     text = re.sub(r"\[\n\s+([-+.\w,\s]+?)\n\s+\]", lambda found: "[" + " ".join(found[1].split()) + "]", text)
-    temporary.write_text(text + "\n")
+    write_text(path, text + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
     os.replace(temporary, path)
 
 
@@ -38,9 +43,7 @@ class Metrics:
 
         self.path = directory / "metrics.jsonl"
         kept = [line for line in read(self.path) if line["step"] <= step]
-        temporary = self.path.with_name(".metrics.jsonl")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.seconds = kept[-1]["seconds"] if kept else 0.0
         self._lines = self.path.open("a", buffering=1)
         self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)

@@ -48,8 +48,13 @@ def load_run(directory: str | Path) -> Run:
     """
     directory = Path(directory)
     config = read_config(directory)
-    experiment = Experiment.from_json(config["experiment"])
-    images = config["images"]
+    try:
+        experiment = Experiment.from_json(config["experiment"])
+        images = {name: config["images"][name] for name in ("shape", "classes", "mean", "std", "scale")}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{directory} holds a run of another version ({config['version']}; {error}): read it with that one, or train again."
+        ) from error
     shape = tuple(images["shape"])
     network = experiment.model.network(shape, images["classes"])
     checkpoints = Checkpoints(directory)
@@ -61,7 +66,7 @@ def load_run(directory: str | Path) -> Run:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name not in stored or np.shape(stored[name]) != x.shape:
             raise InputError(
-                f"the checkpoint in {directory} does not fit its config.json at {name}: train again in another --run-dir."
+                f"the checkpoint in {directory} does not fit its config.json at {name}: train again in another directory."
             )
         return jnp.asarray(stored[name], x.dtype)
 
