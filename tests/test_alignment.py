@@ -56,6 +56,28 @@ def test_means_over_all_samples_of_eight_are_the_true_bias_and_variance_and_the_
             (terms[1][:, i].mean(), parts[1]),
         ):
             assert measured == pytest.approx(true, rel=1e-10)
+        expected = np.sqrt(np.maximum(terms[0][:, i], 0) + terms[1][:, i])
+        np.testing.assert_allclose(found.B_se[:, i], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("square", "bias", "error"), [(0.12, 0.12**0.5, 0.22**0.5 - 0.12**0.5), (-0.05, 0.0, 0.1**0.5)]
+)
+def test_the_errors_of_a_bias_and_of_its_square(square, bias, error):
+    """|g| = 2, B_se = 0.4: relative to |g|² the square has an error of 0.1, and the bias what the root makes of it, upwards."""
+    one = alignment.Found(*(jnp.array([x, x]) for x in (8.0, 4 * square, 0.4, 0.5, 2.0, 4.0, 1.0, 9.0)))
+    row, everything = alignment.rows(["only"], one, 8)
+    assert {k: v for k, v in row.items() if k != "layer"} == {k: v for k, v in everything.items() if k != "layer"}
+    for key, value in (
+        ("bias_squared", square),
+        ("bias_squared_se", 0.1),
+        ("bias", bias),
+        ("bias_se", error),
+        ("variance", 2.0),
+        ("variance_share", 8 / 9),
+        ("degrees", 0.0),
+    ):
+        assert row[key] == pytest.approx(value, rel=1e-12, abs=1e-12), key
 
 
 def test_groups_are_added_to_what_all_draws_give_at_once():

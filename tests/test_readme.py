@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import itertools
+import json
 import pkgutil
 import re
 import shlex
@@ -259,3 +260,51 @@ def test_contributing_rule(monkeypatch):
     vg = fg.value_and_grad(loss, guess=u, partition=("batch",), rule=rules.clipped)  # pyright: ignore
     _, grads = vg(jnp.ones(2), x, key=jax.random.key(0))
     np.testing.assert_allclose(grads, (0.5 + 1.0) / 2 * np.ones(2), rtol=1e-6)
+
+
+COLUMNS = {
+    "s": "seconds_per_step",
+    "/ forward": "ratio_to_forward",
+    "/ `bp`": "ratio_to_bp",
+    "temporary MiB": "temp_mib",
+    "held MiB": "held_mib",
+    "peak MiB": "peak_mib",
+    "GFLOP": "gflop",
+    "by hand": "gflop_by_hand",
+    "compile s": "compile_seconds",
+}
+
+
+@pytest.mark.parametrize(
+    ("begins", "record"),
+    [
+        ("## Methods", "methods"),
+        ("## Feedback", "feedback"),
+        ("## Groups, batch, draws", "sizes"),
+        ("--draws 4", "draws"),
+        ("## Less noise", "plus"),
+    ],
+)
+def test_tables_of_costs_are_those_of_the_records(begins, record):
+    lines = text("docs/performance.md").partition(begins)[2].splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("| "))
+    header, _, *rows = itertools.takewhile(lambda line: line.startswith("|"), lines[first:])
+    cells = lambda line: [cell.strip() for cell in line.strip("|").split("|")]
+    stored = json.loads(text(f"results/bench/{record}.json"))
+    assert len(rows) == len(stored)
+    for shown, one in zip((dict(zip(cells(header), cells(row), strict=True)) for row in rows), stored, strict=True):
+        assert shown["method"] == f"`{one['method']}`"
+        for column, key in COLUMNS.items():
+            if column in shown:
+                digits = len(shown[column].partition(".")[2])
+                assert shown[column] == ("-" if one[key] is None else f"{one[key]:.{digits}f}"), (one["method"], column)
+
+
+def test_the_table_of_the_fused_loss_is_that_of_the_record():
+    stored = {(row["form"], row["groups"]): row for row in json.loads(text("results/ren2023/figure5.json"))}
+    shown = re.findall(r"^\| (fused|naive) \| (\d+) \|(.*)\|$", text("docs/performance.md"), re.MULTILINE)
+    assert len(shown) == 8
+    for form, groups, values in shown:
+        one = stored[form, int(groups)]
+        costs = [(1e3 * one[f"{mode}_seconds"], one[f"{mode}_temp_mib"]) for mode in ("gradient", "derivative")]
+        assert values.split("|") == [text for time, mib in costs for text in (f" {time:.1f} ", f" {mib:.2f} ")]
