@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,6 +79,8 @@ REFUSALS = {
     "train --executor streamed --method bp": "use the whole executor (--executor whole)",
     "bench --out DIR --methods bp,bp": "names no method, or one twice",
     "bench": "add --out DIR",
+    "bench --out DIR --methods bp --microbatches -4": "--microbatch must be at least 0, not -4",
+    "bench --out DIR --model mlp --methods bp,lg-fg-a-plus --microbatches 0": "--perturbed all",
     "bench --out DIR --epochs 3": "--epochs would change nothing: `forwardgrad bench` does not use it",
     "bench --out DIR --model mlp --batch-norm --methods bp --microbatches 8": "this model has state",
     "bench --out /dev/null/x --methods bp": "choose another --out",
@@ -161,6 +164,13 @@ def test_a_taken_directory_is_refused(finished, capsys):
     assert "continue it with --resume, or choose another --run-dir" in capsys.readouterr().err
     assert dispatch(["train", *QUICK, "--epochs", "3", "--run-dir", str(finished), "--resume"]) == 2
     assert "epochs (2 there, 3 here)" in capsys.readouterr().err
+
+
+def test_a_directory_that_another_run_has_is_refused_before_the_first_method_trains(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "fg-a-seed0")
+    assert dispatch(["compare", *QUICK, "--methods", "bp,fg-a", "--epochs", "1", "--out", str(tmp_path)]) == 2
+    assert "holds a run of another configuration" in capsys.readouterr().err
+    assert not (tmp_path / "bp-seed0").exists()
 
 
 def test_evaluate_repeats_what_the_run_reported(finished, capsys):

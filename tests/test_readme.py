@@ -290,10 +290,26 @@ def test_tables_of_costs_are_those_of_the_records(begins, record):
     first = next(i for i, line in enumerate(lines) if line.startswith("| "))
     header, _, *rows = itertools.takewhile(lambda line: line.startswith("|"), lines[first:])
     cells = lambda line: [cell.strip() for cell in line.strip("|").split("|")]
+    assert {*cells(header)} <= {
+        *COLUMNS,
+        "network",
+        "method",
+        "groups",
+        "batch",
+        "/ `lg-fg-a`",
+        "microbatch",
+        "executor",
+    }
     stored = json.loads(text(f"results/bench/{record}.json"))
     assert len(rows) == len(stored)
     for shown, one in zip((dict(zip(cells(header), cells(row), strict=True)) for row in rows), stored, strict=True):
         assert shown["method"] == f"`{one['method']}`"
+        for key in {"groups", "batch", "microbatch", "executor"} & shown.keys():
+            assert shown[key] == str(one[key])
+        if one["method"] == "lg-fg-a":
+            beside = one["seconds_per_step"]
+        if "/ `lg-fg-a`" in shown:
+            assert shown["/ `lg-fg-a`"] == f"{one['seconds_per_step'] / beside:.2f}"
         for column, key in COLUMNS.items():
             if column in shown:
                 digits = len(shown[column].partition(".")[2])

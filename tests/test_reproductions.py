@@ -248,6 +248,15 @@ def test_results_are_those_of_the_records():
     assert (ROOT / "RESULTS.md").read_text() == report.report(ROOT / "results")
 
 
+def test_a_picture_without_records_is_shown_alone(tmp_path):
+    for figure in ("figure6", "figure8"):  # of cells, and measured
+        (tmp_path / "ren2023").mkdir(exist_ok=True)
+        (tmp_path / "ren2023" / f"{figure}.png").touch()
+    text = report.report(tmp_path)
+    assert text.count("\n### Figure ") == text.count("\n![Figure ") == 2
+    assert "Measured" not in text
+
+
 # settings of the ablations: what each of them changes, and what none of them may
 
 EXACT = {"block+patch+group": "local", "block+patch": "local", "block": "local", "global": "global"}

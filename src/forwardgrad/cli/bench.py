@@ -19,7 +19,7 @@ REFERENCES = ("bp", "bp-checkpointed")
 # of an experiment, what a step on random images does not depend on
 UNUSED = (
     *("epochs", "lr", "schedule", "decay", "warmup_epochs", "pixels", "flip", "crop", "seed", "train_images"),
-    "validation",
+    *("validation", "allow_bias"),
 )
 
 
@@ -36,7 +36,8 @@ class Options:
     over_batch: tuple[int, ...] = ()
     """also measure these batch sizes"""
     microbatches: tuple[int, ...] = ()
-    """sizes to try for each method, in place of --microbatch; 0 is the whole batch; by default 4, 8, 16 and 0 on a CPU, the whole batch elsewhere.
+    """sizes to try for each method, in place of --microbatch; 0 is the whole batch; by default 4, 8, 16 and 0 on a CPU; the whole batch
+    elsewhere, and where the result would be another.
     The fastest one that fits in memory counts"""
     repeats: int = 5
     """timed steps of each method, interleaved; the median counts"""
@@ -66,8 +67,8 @@ def run(argv: list[str]) -> int:
     rows: list[dict[str, Any]] = []
     product = cost.product().run
     sizes = _sizes(task, options)
-    for one in _by_method(task, methods).values():
-        cost.refuse_microbatches(one, options.microbatches)
+    for one in (one for size in sizes for one in _by_method(size, methods).values()):
+        cost.refuse(one, options.microbatches)
     make_folder(options.out, "choose another --out")
     for size in sizes:
         title = ", ".join(f"{name} {value}" for name, value in _size(size).items() if value is not None)
@@ -100,7 +101,7 @@ def _sizes(task: Any, options: Options) -> list[Any]:
             out.append(task._replace(experiment=dataclasses.replace(task.experiment, model=model)))
     out += [task._replace(experiment=dataclasses.replace(task.experiment, batch_size=n)) for n in options.over_batch]
     for one in out:
-        # impossible sizes are refused before anything is measured
+        # impossible sizes are refused before they are looked at
         dataclasses.replace(one.experiment, microbatch=0).check()
         one.network  # noqa: B018
     return [one for i, one in enumerate(out) if _size(one) not in [_size(other) for other in out[:i]]]

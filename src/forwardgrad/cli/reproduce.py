@@ -64,6 +64,7 @@ def run(argv: list[str]) -> int:
         _check(cell, experiment)
         jobs.append((cell, experiment))
     refuse_idle(argv, [experiment for _, experiment in jobs])
+    records.commit()
     jobs = [(cell, _without_idle(cell, experiment)) for cell, experiment in jobs]
     done = []
     for number, (cell, experiment) in enumerate(jobs):
@@ -132,7 +133,6 @@ def _run(cell: Cell, experiment: Experiment[Any], directory: Path, options: Opti
     from forwardgrad.training.loop import train
     from forwardgrad.training.metrics import write_json
 
-    made = records.made()  # of the source as it is now: it may be another one when training ends
     result = train(
         experiment,
         directory,
@@ -142,6 +142,7 @@ def _run(cell: Cell, experiment: Experiment[Any], directory: Path, options: Opti
         offline=options.offline,
         quiet=options.quiet,
     )
+    made = records.made()
     write_json(directory / MADE, made)
     return result, made, directory
 

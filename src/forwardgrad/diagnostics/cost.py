@@ -185,21 +185,32 @@ def microbatches(task: Task) -> list[int]:
     """
     n = task.experiment.batch_size
     sizes = [size for size in (4, 8, 16) if size < n and n % size == 0] if jax.default_backend() == "cpu" else []
+    task.experiment.estimator(task.network)  # what cannot train at all is no reason for the whole batch
     try:
-        refuse_microbatches(task, sizes)
+        _refuse_microbatches(task, sizes)
     except InputError:
         return [0]
     return [*sizes, 0]
 
 
-def refuse_microbatches(task: Task, sizes: Iterable[int]) -> None:
-    """Raise where training would, by microbatches.
+def refuse(task: Task, sizes: Iterable[int]) -> None:
+    """Refuse what training, by these microbatches, would refuse, but for bias.
 
     Raises:
-      InputError: why the result would be another one.
+      InputError: a size that does not divide the batch, or by which the result would be another one; a method that the network cannot serve.
     """
+    sizes = list(sizes)
+    for size in sizes:
+        with_microbatch(task, size).experiment.check()
+    method, weights = task.experiment.estimator(task.network), jax.eval_shape(task.network.init, jax.random.key(0))
+    jax.eval_shape(lambda *a: method.initial_state(jax.random.key(0), *a), *weights, _batch_shapes(task))
+    _refuse_microbatches(task, sizes)
+
+
+def _refuse_microbatches(task: Task, sizes: list[int]) -> None:
     if any(sizes):
-        network, images = task.network, jax.random.normal(jax.random.key(1), (4, *task.shape))
+        network = task.network
+        images = jax.random.normal(jax.random.key(1), (4, *task.shape))
         method = dataclasses.replace(task.experiment, precision="float32").estimator(network)
         batch = {"inputs": images, "labels": jnp.zeros(4, int)}
         checks.refuse_microbatches(method, *network.init(jax.random.key(0)), batch)

@@ -151,7 +151,7 @@ def off_the_line(found: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _name(row: dict[str, Any]) -> str:
-    return NOISY if row["sigma"] else WHOLE if row["output"] == "layer" else row["method"]
+    return NOISY if row["sigma"] else WHOLE if row.get("output") == "layer" else row["method"]
 
 
 def run(

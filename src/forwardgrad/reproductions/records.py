@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import shlex
@@ -110,16 +111,21 @@ def made() -> dict[str, Any]:
     return {"hardware": cost.device(), "commit": commit()}
 
 
+@functools.cache
 def commit() -> str | None:
-    """Of the checkout that the package runs from, with "-dirty" where its source has been changed since; `None` where it does not run from one."""
+    """Of the checkout that the package runs from, with "-dirty" where its source is another; `None` where it does not run from one.
+
+    Asked once, when a process begins: the source may be another one when training ends.
+    """
     here = Path(forwardgrad.__file__)
     try:
         for words in (("ls-files", "--error-unmatch", here.name), ("rev-parse", "--short", "HEAD")):
             done = subprocess.run(["git", *words], cwd=here.parent, capture_output=True, text=True, check=True)
-        changes = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "."], cwd=here.parent, check=False)
+        words = ["git", "status", "--porcelain", "--", "."]
+        changes = subprocess.run(words, cwd=here.parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip() + "-dirty" * (changes.returncode == 1)
+    return done.stdout.strip() + "-dirty" * bool(changes.stdout.strip())
 
 
 def said(one: dict[str, Any]) -> str:

@@ -69,8 +69,10 @@ def report(results: Path) -> str:
 
 def _measured(title: str, paper: str, table: str, results: Path) -> str:
     """What the module that measures a figure concludes from the numbers that are stored."""
-    module = reproductions.measurement(f"{paper}:{table}")
-    concluded = module.conclude(json.loads((results / paper / f"{table}.json").read_text()))
+    module, stored = reproductions.measurement(f"{paper}:{table}"), results / paper / f"{table}.json"
+    if module is None or not stored.exists():  # a picture alone
+        return f"\n### {title}\n"
+    concluded = module.conclude(json.loads(stored.read_text()))
     verdict = "which bears it out" if concluded["passes"] else "which does **not** bear it out"
     return MEASURED.format(title=title, name=f"{paper}:{table}", verdict=verdict, said=concluded["said"])
 

@@ -264,10 +264,12 @@ def refuse_unfit(experiments: Mapping[Path, Experiment], arrays: data.Arrays) ->
       experiments: by their directories; what is finished there is not looked at.
 
     Raises:
-      InputError: a model that does not fit the images, a method that does not fit the model, an estimate that would be biased.
+      InputError: a model that does not fit the images, a method that does not fit the model, an estimate that would be biased; a
+        directory that holds something else.
     """
     for directory, experiment in experiments.items():
         if finished(directory, experiment) is None:
+            refuse_other_run(directory, experiment, resume=True)
             Learner(experiment, arrays).init()
 
 
