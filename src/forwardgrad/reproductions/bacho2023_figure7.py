@@ -92,7 +92,7 @@ def conclude(found: dict[str, Any]) -> dict[str, Any]:
     """
     from forwardgrad.diagnostics.over_training import mean_degrees
 
-    at = min(AFTER, max(row["epoch"] for row in found["totals"]))
+    at = min(AFTER, max((row["epoch"] for row in found["totals"]), default=0))
     degrees = {method: mean_degrees(found["totals"], method, at) for method in METHODS}
     dfa, fdfa = (degrees[method] for method in ("dfa", "fdfa"))
     listed = ", ".join(f"{method} {'-' if value is None else f'{value:.1f}'}" for method, value in degrees.items())
