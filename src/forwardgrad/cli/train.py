@@ -16,7 +16,7 @@ class Options(Places):
     run_dir: Path | None = None
     """directory of the run; by default a new one in runs/"""
     resume: bool = False
-    """go on from the latest checkpoint of --run-dir"""
+    """go on from the latest checkpoint of --run-dir; from the beginning where it has none"""
     checkpoint_every: int = 0
     """steps between checkpoints; 0: at the end of an epoch, at most once a minute"""
     keep: int = 2
