@@ -17,9 +17,8 @@ from forwardgrad.errors import InputError
 
 REFERENCES = ("bp", "bp-checkpointed")
 # of an experiment, what a step on random images does not depend on
-UNUSED = (
-    *("epochs", "lr", "schedule", "decay", "warmup_epochs", "pixels", "flip", "crop", "seed", "train_images"),
-    *("validation", "allow_bias"),
+UNUSED = tuple(
+    "epochs lr schedule decay warmup_epochs pixels flip crop seed train_images validation allow_bias".split()
 )
 
 

@@ -64,7 +64,7 @@ def run(argv: list[str]) -> int:
         _check(cell, experiment)
         jobs.append((cell, experiment))
     refuse_idle(argv, [experiment for _, experiment in jobs])
-    records.commit()
+    records.commit()  # asked before anything trains, and remembered
     jobs = [(cell, _without_idle(cell, experiment)) for cell, experiment in jobs]
     done = []
     for number, (cell, experiment) in enumerate(jobs):
