@@ -17,8 +17,19 @@ from forwardgrad.errors import InputError
 
 REFERENCES = ("bp", "bp-checkpointed")
 # of an experiment, what a step on random images does not depend on
-UNUSED = tuple(
-    "epochs lr schedule decay warmup_epochs pixels flip crop seed train_images validation allow_bias".split()
+UNUSED = (
+    "epochs",
+    "lr",
+    "schedule",
+    "decay",
+    "warmup_epochs",
+    "pixels",
+    "flip",
+    "crop",
+    "seed",
+    "train_images",
+    "validation",
+    "allow_bias",
 )
 
 
