@@ -206,11 +206,11 @@ def test_a_signal_ends_with_its_exit_code_and_a_checkpoint(tmp_path):
         "10000",
     ]
     process = subprocess.Popen([*program, "--run-dir", str(directory)], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline and not metrics.read(directory / "metrics.jsonl"):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=240)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
     assert f"--run-dir {directory} --resume (train)" in err
     assert fg.load_run(directory).step > 0

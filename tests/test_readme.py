@@ -53,7 +53,7 @@ def table(document, header):
 
 def command(*words, cwd):
     call = [sys.executable, "-c", "from forwardgrad.cli.main import main; main()", *words]
-    return subprocess.run(call, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run(call, cwd=cwd, capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="module")
