@@ -73,7 +73,7 @@ def pytest_runtest_logstart(nodeid):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_handlecrashitem(crashitem, report, sched):
-    """A test that hung once runs again, and the summary names it: XLA's CPU backend may wait for ever with every thread idle (jaxlib 0.10.1; see above).
+    """A test that hung once runs again, and the summary names it: XLA's CPU backend may wait for ever, every thread idle (jaxlib 0.10.1; see above).
 
     A process that died of anything but the time limit is a failure, and so is a test that hangs twice.
     """
