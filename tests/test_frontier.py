@@ -13,7 +13,7 @@ from toynets import CELLS, along, distance, hadamard, mean, mixer, once, problem
 import forwardgrad as fg
 from forwardgrad import Named, recipes
 from forwardgrad.descent import adam
-from forwardgrad.guesses.fitted_feedback import fitted_feedback, relu_and_normalise
+from forwardgrad.guesses.fitted_feedback import fitted_feedback, normalise_relu_and_normalise, relu_and_normalise
 from forwardgrad.guesses.given import relu_mask
 from forwardgrad.guesses.weight_mirror import weight_mirror
 from forwardgrad.models import heads
@@ -307,11 +307,58 @@ def test_a_linear_share_is_learned_exactly_and_leaves_no_variance():
     step = jax.jit(lambda key, learned: method.estimate(key, learned, params, state, batch)[1])
     for i in range(150):
         learned = step(jax.random.key(i), learned)
-    (b,) = learned[0]["global"]["predictor"].values()
+    (b,) = learned[0]["global"]["predictor"].feedback.values()
     assert distance(b.to(("unit", "class")), params["layer0"]["readout"]["kernel"]) < 1e-10
     estimate = method.estimate(jax.random.key(7), learned, params, state, batch)[0]
     true = once(fg.recipes.bp(network), params, state, batch)
     assert distance(estimate.grads, true.grads) < 1e-10, "any single estimate is the gradient"
+
+
+def sharing(features):
+    """z[n, q, c] = Σ_p x[n, p, c] w[p, q]: weights shared by the features, whose tangents are then correlated, and outputs linear in z."""
+
+    def apply(params, state, h, train):
+        return fg.tap(jnp.einsum("npc,pq->nqc", h, params["kernel"]), "z", "batch patch feature"), state
+
+    normal = lambda key, shape: jax.random.normal(key, shape) / shape[0] ** 0.5
+    init = lambda key: ({"kernel": normal(key, (3, 2))}, ())
+    weights = {"kernel": ("in", "patch")}
+    return fg.Network((fg.Block("a", apply, heads.linear(2 * features, 3, normal), init, weights=weights),))
+
+
+def test_weights_are_predicted_where_they_arrive():
+    """Features that are nearly alike: the step is one that is stable, and any single estimate becomes the gradient."""
+    network = sharing(4)
+    params, state = jax.tree.map(lambda x: x.astype(jnp.float64), network.init(jax.random.key(0)))
+    alike, apart = (jax.random.normal(jax.random.key(i), (64, 3, c), jnp.float64) for i, c in ((1, 1), (2, 4)))
+    case = params, state, {"inputs": alike + apart / 2, "labels": jnp.arange(64) % 3}
+    method = fg.estimator(
+        network,
+        target=fg.global_loss(),
+        guess=fg.rademacher(),
+        insertion=fg.weights(per_example=True),
+        partition=("batch",),
+        predictor=fitted_feedback(1.0, through=lambda z: z),
+    )
+    method, state = taught(method, case, 400)
+    (learned,) = [roles["predictor"] for roles in state[0].values()]
+    assert list(learned.feedback) == ["a/z"]
+    assert learned.feedback["a/z"].axes == ("class", "patch", "feature")
+
+    # Λ is the largest eigenvalue of the mean of v vᵀ D / |v|², all 64 directions of an example alike
+    rows = jnp.asarray(hadamard(8))[:, :6].reshape(-1, 3, 2)
+    v = jnp.einsum("npc,rpq->nrqc", case[2]["inputs"], rows).reshape(-1, 8)
+    eigenvalues = jnp.linalg.eigvalsh((v.T / jnp.square(v).sum(1)) @ v * 8 / len(v))
+    assert eigenvalues[-1] > 2.5, "a step of one over it, not of one"
+    assert float(learned.largest) == pytest.approx(float(eigenvalues[-1]), rel=0.2)
+
+    true = once(fg.recipes.bp(network), *case)
+    for seed in range(3):
+        estimate = method.estimate(jax.random.key(900 + seed), state, *case)[0]
+        assert distance(estimate.grads, true.grads) < 1e-9
+    shared = dataclasses.replace(method, parts=(dataclasses.replace(method.parts[0], insertion=fg.weights()),))
+    with pytest.raises(fg.InputError, match="displace the weights per example where taps follow them"):
+        shared.init(jax.random.key(0), *case)
 
 
 @pytest.mark.parametrize(("units", "on"), [(32, 2), (64, 3)])
@@ -339,11 +386,11 @@ def test_it_settles_with_few_units_on_at_any_rate(units, on):
     step = jax.jit(lambda key, learned: method.estimate(key, learned, params, state, batch)[1])
     for i in range(60):
         learned = step(jax.random.key(i), learned)
-    (b,) = learned[0]["global"]["predictor"].values()
+    (b,) = learned[0]["global"]["predictor"].feedback.values()
     assert distance(b.to(("unit", "class"))[:on], params["a"]["readout"]["kernel"][:on]) < 1e-6
 
 
-@pytest.mark.parametrize("only", [("chan",), ("tok", "chan", "grp")])
+@pytest.mark.parametrize("only", [("chan",), ("tok",), ("tok", "chan", "grp")])
 def test_it_is_taught_by_outputs_that_keep_the_cells_apart(only):
     """Outputs [batch, patch, group, class], one for each cell: patches teach one matrix, groups where a tap lacks them have each their own."""
     network, (params, state, batch) = mixer(1), problem(1)
@@ -362,11 +409,32 @@ def test_it_is_taught_by_outputs_that_keep_the_cells_apart(only):
         "b0/chan": ("group", "class", "unit"),
         "b0/grp": ("class", "group", "channel"),
     }
-    assert {name: b.axes for name, b in learned.items()} == {f"b0/{name}": expected[f"b0/{name}"] for name in only}
+    assert {name: b.axes for name, b in learned.feedback.items()} == {
+        f"b0/{name}": expected[f"b0/{name}"] for name in only
+    }
     step = jax.jit(lambda key, learned: method.estimate(key, learned, params, state, batch))
     estimate, learned, _ = step(jax.random.key(0), start)
-    assert all(float(jnp.abs(x).max()) > 0 for x in jax.tree.leaves(learned))
+    (learned,) = [roles["predictor"] for roles in learned[0].values()]
+    assert all(float(jnp.abs(b.value).max()) > 0 for b in learned.feedback.values())
     assert jax.tree.structure(estimate.grads) == jax.tree.structure(params)
+
+
+def test_token_weights_have_less_variance_with_feedback_where_they_arrive():
+    network, *case = setting(TINY, 16)
+    plus = lambda predictor: fg.recipes.lg_fg_a_plus(network, token_by="weights", predictor=predictor)
+
+    def spread(method, state):
+        token = lambda grads: grads["block1"]["layers"]["token"]["kernel"]
+        one = jax.jit(lambda key: token(method.estimate(key, state, *case)[0].grads))
+        return float(jax.lax.map(one, jax.random.split(jax.random.key(9), 64)).var(0).sum())
+
+    fitted, none = taught(plus("fitted"), case, 80), plus("none")
+    assert spread(*fitted) < 0.97 * spread(none, begin(none, *case))
+
+
+def test_what_follows_a_linear_layer_of_localmixer():
+    z = jax.random.normal(jax.random.key(0), (3, 4, 5), jnp.float64)
+    assert distance(normalise_relu_and_normalise(z), normalise(jax.nn.relu(normalise(z)))) < 1e-14
 
 
 def test_it_has_less_variance_than_lg_fg_a_by_hidden_taps_and_by_a_predictor():
@@ -475,7 +543,7 @@ def test_weights_per_example_move_the_taps_after_them(which, monkeypatch):
     """The tangents are those of the network run one example at a time, and its primal is that of the whole batch."""
     network, *case = tiny() if which == "tokens" else (mixer(1), *problem(1))
     if which == "tokens":
-        method = fg.recipes.lg_fg_a_plus(network, token_by="weights")
+        method = fg.recipes.lg_fg_a_plus(network, token_by="weights", predictor="none")
     else:
         displaced = (
             fg.weights(only=("tok", "chan"), per_example=True) if "taps" in which else fg.weights(per_example=True)

@@ -85,8 +85,10 @@ class Estimator:
             for scope, view in step.views(part).items():
                 own = jax.random.fold_in(jax.random.fold_in(key, number), scope.blocks[0])
                 state[scope.name] = {
-                    role: guess.init(jax.random.fold_in(own, i), view)
-                    for i, (role, guess) in enumerate((("guess", part.guess), ("predictor", part.predictor)))
+                    role: guess.init(jax.random.fold_in(own, i), seen)
+                    for i, (role, guess, seen) in enumerate(
+                        (("guess", part.guess, view), ("predictor", part.predictor, step.predicted(part, view)))
+                    )
                     if guess is not None
                 }
             out.append(state)

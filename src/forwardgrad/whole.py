@@ -335,9 +335,14 @@ class Step:
                 u.update(directions(part, own, state[scope.name]["guess"], view))
             if part.predictor is not None:
                 own = jax.random.fold_in(jax.random.fold_in(key, 1), self.first + scope.blocks[0])
-                proposed = part.predictor.propose(own, state[scope.name]["predictor"], view)
+                seen = self.predicted(part, view)
+                proposed = part.predictor.propose(own, state[scope.name]["predictor"], seen)
                 mask = part.guess.mask if part.guess is not None else None
-                p.update({site: jax.lax.stop_gradient(self._masked(site, q, mask)) for site, q in proposed.items()})
+                q = {site: jax.lax.stop_gradient(self._masked(site, q, mask)) for site, q in proposed.items()}
+                arrived = {site: at for site, at in view.sites.items() if site not in seen.sites}
+                if arrived:
+                    q |= self.from_taps(q, arrived)
+                p.update(q)
         moved = self.push(part, u) if part.guess is not None else Pushed({}, None, {})
         pushed = moved.terms
         credits, statistics = {}, {}
@@ -360,12 +365,14 @@ class Step:
                 coefficient = credit.coefficients(part.rule, scalar, squared, weight)
             for name, site in view.sites.items():
                 credits[landings[name]] = credit.credit(site.axes, coefficient, own_u.get(name), own_p.get(name))
-            learning = {"guess": part.guess, "predictor": part.predictor}
-            statistics[scope.name] = {
-                role: guess.observe(state[scope.name][role], view, own_u, du)
-                for role, guess in learning.items()
-                if guess is not None
-            }
+            roles = {}
+            if part.guess is not None:
+                roles["guess"] = part.guess.observe(state[scope.name]["guess"], view, own_u, du)
+            if part.predictor is not None:
+                seen = self.predicted(part, view)
+                along = own_u if seen is view or not own_u else self.along_taps(own_u)
+                roles["predictor"] = part.predictor.observe(state[scope.name]["predictor"], seen, along, du)
+            statistics[scope.name] = roles
         return credits, statistics
 
     def _masked(self, site: str, prediction: Named, mask: Any) -> Named:
@@ -395,21 +402,11 @@ class Step:
                 moved[path] = flat[path] + move.to(self._weight_axes(block, leaf, move.axes)).astype(flat[path].dtype)
         return with_leaves(self.params, moved)
 
-    def at_taps(self, u: Mapping[str, Named]) -> dict[str, Named] | None:
-        """Tangents of the taps that weights displaced per example reach past no other tap.
-
-        Displacing these taps by them moves all that follows as the weights do. The network runs one example at a time under `vmap`, but only
-        from tap to tap, each with its activation in the batch: the rest has one primal with the whole step.
-
-        Args:
-          u: directions with axes draw and batch, by site of a weight.
-
-        Returns:
-          `{tap: Named}`, axis draw first; None where a way leads past all taps, or to one without a batch axis.
-        """
+    def arrivals(self, weights: Collection[str]) -> set[str] | None:
+        """The taps, passive ones too, that some weights reach past no other tap; None where a way leads past all, or to one without a batch axis."""
         found: set[str] = set()
         for i, block in enumerate(self.network.blocks):
-            leaves = [f"{block.name}#{path}" in u for path in leaf_paths(self.params[block.name]["layers"])]
+            leaves = [f"{block.name}#{path}" in weights for path in leaf_paths(self.params[block.name]["layers"])]
             if not any(leaves):
                 continue
             rest = len(self.run.programs[i].closed.in_avals) - len(leaves)
@@ -418,6 +415,23 @@ class Step:
             if ends or any("batch" not in self.taps[site].axes for site in sites):
                 return None
             found |= sites
+        return found
+
+    def at_taps(self, u: Mapping[str, Named]) -> dict[str, Named] | None:
+        """Tangents of the taps at which weights displaced per example arrive.
+
+        Displacing these taps by them moves all that follows as the weights do. The network runs one example at a time under `vmap`, but only
+        from tap to tap, each with its activation in the batch: the rest has one primal with the whole step.
+
+        Args:
+          u: directions with axes draw and batch, by site of a weight.
+
+        Returns:
+          `{tap: Named}`, axis draw first; None where `arrivals` finds none.
+        """
+        found = self.arrivals(u)
+        if found is None:
+            return None
         axes = {site: direction.axes[1:] for site, direction in u.items()}
         where = {site: own.index("batch") for site, own in axes.items()}
         stored = {site: z for site, z in self.taps.items() if "batch" in z.axes}
@@ -444,6 +458,56 @@ class Step:
         out = jax.vmap(one_draw)({site: direction.value for site, direction in u.items()})
         return {site: Named(value, ("draw", *self.taps[site].axes)) for site, value in out.items()}
 
+    def along_taps(self, u: Mapping[str, Named]) -> Mapping[str, Named]:
+        """The directions, those of weights per example replaced by tangents of the taps where they arrive; `u` itself where there are none."""
+        per_example = {site: d for site, d in u.items() if site not in self.taps and "batch" in d.axes}
+        moved = self.at_taps(per_example) if per_example else None
+        if moved is None:
+            return u
+        both = {site: direction for site, direction in u.items() if site not in per_example}
+        for site, along in moved.items():
+            own = both[site].to(along.axes) if site in both else 0
+            both[site] = Named(along.value + own, along.axes)
+        return both
+
+    def predicted(self, part: Part, view: View) -> View:
+        """What the part's predictor sees: in place of weights displaced per example the taps where they arrive, if it predicts those."""
+        per_example = {site for site, at in view.sites.items() if at.kind == "weight" and "batch" in at.noise_axes}
+        if part.predictor is None or not part.predictor.at_arrivals or not per_example:
+            return view
+        found = self.arrivals(per_example)
+        if found is None:
+            return view
+        sites = {site: at for site, at in view.sites.items() if site not in per_example}
+        for site in sorted(found - set(sites)):
+            z, (block, name) = self.taps[site], self.run.where[site]
+            shape = jnp.shape(z.value)
+            sites[site] = Site(z.axes, shape, z.axes, shape, z.value.dtype, "arrival", self.first + block, name)
+        return view._replace(sites=sites)
+
+    def from_taps(self, predictions: Mapping[str, Named], sites: Mapping[str, Site]) -> dict[str, Named]:
+        """Predictions for the given sites, from those for the taps where these weights arrive: the transpose of `at_taps`.
+
+        Args:
+          predictions: by tap; others than those where the weights arrive are passed over. Axes of the loss that the tap lacks are summed.
+          sites: weights displaced per example.
+        """
+        like = {site: jax.ShapeDtypeStruct((1, *at.noise_shape), at.dtype) for site, at in sites.items()}
+        axes = {site: ("draw", *at.noise_axes) for site, at in sites.items()}
+
+        def forward(values: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+            moved = self.at_taps({site: Named(value, axes[site]) for site, value in values.items()})
+            assert moved is not None
+            return {site: along.value for site, along in moved.items()}
+
+        given = {}
+        for site in jax.eval_shape(forward, like):
+            z = self.taps[site]
+            value = predictions[site].sum_to(z.axes).to(("draw", *z.axes))
+            given[site] = jnp.broadcast_to(value, (1, *jnp.shape(z.value))).astype(z.value.dtype)
+        (back,) = jax.linear_transpose(forward, like)(given)
+        return {site: Named(value[0], sites[site].noise_axes) for site, value in back.items()}
+
     def push(self, part: Part, u: Mapping[str, Named], inputs: Any = None) -> Pushed:
         """Tangents along the directions, with a leading draw axis.
 
@@ -462,13 +526,9 @@ class Step:
                 "a displacement per example needs one loss per example: return a vector of losses, not their mean."
             )
         if per_example and part.probe.exact and inputs is None:
-            moved = self.at_taps({site: u[site] for site in per_example})
-            if moved is not None:
-                both = {site: direction for site, direction in u.items() if site not in per_example}
-                for site, along in moved.items():
-                    own = both[site].to(along.axes) if site in both else 0
-                    both[site] = Named(along.value + own, along.axes)
-                return self.push(part, both)._replace(taps={})
+            moved = self.along_taps(u)
+            if moved is not u:
+                return self.push(part, moved)._replace(taps={})
 
         def values(
             eps: Mapping[str, jax.Array], batch: Mapping[str, Any]

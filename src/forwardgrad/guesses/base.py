@@ -19,7 +19,7 @@ class Site(NamedTuple):
       axes, shape: of the activation or the weight.
       noise_axes, noise_shape: of its displacement.
       dtype: of both.
-      kind: "tap" or "weight".
+      kind: "tap" or "weight"; to a predictor that has `at_arrivals` also "arrival", a tap at which weights displaced per example arrive.
       block: number of its block in the network, possibly a traced integer; enters the noise key.
       name: within its block.
     """
@@ -103,6 +103,8 @@ class Guess(NamedTuple):
         whose directions depend on the data.
       sitewise: a site's direction depends on the key, the site and its own activation alone, so that it can be drawn again where it is
         needed instead of being kept.
+      at_arrivals: as a predictor of weights that are displaced per example it is asked for the taps where they arrive, and told the tangents
+        there as `u`; its prediction is taken back to the weights, through that one layer.
     """
 
     propose: Callable[[jax.Array, Any, View], Mapping[str, Named]]
@@ -113,3 +115,4 @@ class Guess(NamedTuple):
     mask: Callable[[jax.Array], jax.Array] | None = None
     isotropic: bool = True
     sitewise: bool = False
+    at_arrivals: bool = False

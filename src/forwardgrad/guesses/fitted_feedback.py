@@ -24,17 +24,34 @@ Through = Callable[[jax.Array], jax.Array]
 
 def relu_and_normalise(z: jax.Array) -> jax.Array:
     """What follows a tap of LocalMixer in its own layer: the ReLU, and the normalisation over the last axis that the next layer begins with."""
-    h = jax.nn.relu(z)
-    mean = h.mean(-1, keepdims=True)
-    return (h - mean) * jax.lax.rsqrt(jnp.square(h - mean).mean(-1, keepdims=True) + 1e-5)
+    return _normalise(jax.nn.relu(z))
+
+
+def normalise_relu_and_normalise(z: jax.Array) -> jax.Array:
+    """What follows the linear output below such a tap: the normalisation that the layer ends with comes first."""
+    return relu_and_normalise(_normalise(z))
+
+
+def _normalise(z: jax.Array) -> jax.Array:
+    mean = z.mean(-1, keepdims=True)
+    return (z - mean) * jax.lax.rsqrt(jnp.square(z - mean).mean(-1, keepdims=True) + 1e-5)
+
+
+class Fitted(NamedTuple):
+    """What is learned. Attributes: `feedback`, B by site; where weights are predicted also t, `top`, by site, and Λ, `largest`."""
+
+    feedback: dict[str, Named]
+    top: dict[str, Named]
+    largest: jax.Array
 
 
 class Sample(NamedTuple):
-    """What a step teaches; sums over microbatches. Attributes: `gradient`, by site; D and M: `units`, `cells`."""
+    """What a step teaches; sums over microbatches. Attributes: `gradient`, by site; D and M: `units`, `cells`; `turned`: A t."""
 
     gradient: dict[str, Named]
     units: jax.Array
     cells: jax.Array
+    turned: dict[str, Named]
 
 
 def fitted_feedback(
@@ -58,9 +75,14 @@ def fitted_feedback(
     (1 + √(D/M))² <= 2 (1 + D/M) by chance, so that the error does not grow for rates up to 1. A normalisation in `through` takes one of the D
     dimensions away, two where all units are on: λ is then about D / (D - 2) at most, which says nothing for two units.
 
-    Cost: per draw and site two products like the head's, one as large again for e B; a site that lacks an axis of the cells, as token mixing
-    lacks groups, has them for each of their slices. State: [cells that the site lacks, class, units] per layer, units without those of other examples
-    and of shared axes. As a predictor of a random guess it leaves the estimate unbiased.
+    **Weights displaced per example** are predicted at the taps where they arrive (`Guess.at_arrivals`): v is the tangent there, and the
+    prediction goes back to the weights through their one layer. What arrives from few weights is correlated between the units that share them: λ
+    may be as large as D. Then α = rate / Λ, Λ the largest eigenvalue of A, the mean of v vᵀ D / |v|². A vector t that each step turns to
+    A t / |A t| finds it (power iteration), and Λ <- max(|A t|, 0.9 Λ) comes down to it from D.
+
+    Cost: per draw and site two products like the head's, one as large again for e B; a site that lacks an axis of the cells that another site of
+    the part has, as token mixing lacks the channels' groups, has them for each of their slices. State: [such axes, class, units] per layer, units
+    without those of other examples and of shared axes. As a predictor of a random guess it leaves the estimate unbiased.
 
     Args:
       rate: between 0 and 1.
@@ -70,31 +92,36 @@ def fitted_feedback(
       shared: axes of the loss along which cells teach, and use, one B where the site has them too.
 
     Raises:
-      InputError: a rate that is not between 0 and 1; (when used) a part without directions, sites that are weights, or that have an axis of the
-        outputs along which the partition does not keep losses apart.
+      InputError: a rate that is not between 0 and 1; (when used) a part without directions, sites that are weights whose displacements, per example,
+        do not arrive at taps, or that have an axis of the outputs along which the partition does not keep losses apart.
     """
     if not 0 < rate <= 1:
         raise InputError(f"the rate of fitted feedback must be between 0 and 1, not {rate}: set --predictor-rate.")
     mask = relu_mask if through in (jax.nn.relu, relu_and_normalise) else None
 
     def cell_axes(view: View) -> tuple[str, ...]:
-        """Axes that tell cells apart, of the shares; the rest are those of an output."""
-        outputs = view.outputs.axes
-        return tuple(a for a in view.shares.axes if a == "batch" or a in view.partition or a not in outputs)
+        """Axes of the shares that tell cells apart. What no site has and no output, as all share one error there, is added up."""
+        outputs, sites = view.outputs.axes, view.sites.values()
+        has = lambda a: (a in outputs and a in view.partition) or any(a in site.axes for site in sites)
+        return tuple(a for a in view.shares.axes if a == "batch" or (has(a) and a not in class_axes(view)))
+
+    def class_axes(view: View) -> tuple[str, ...]:
+        """Those of an output."""
+        return tuple(a for a in view.outputs.axes if a != "batch" and a not in view.partition)
 
     def axes(site: Site, view: View) -> tuple[str, ...]:
         apart = cell_axes(view)
         lacking = tuple(a for a in apart if a not in ("batch", *site.axes))
-        classes = tuple(a for a in view.outputs.axes if a not in apart)
         together = [a for a in shared if a in apart]
-        return (*lacking, *classes, *(a for a in site.axes if a != "batch" and a not in together))
+        return (*lacking, *class_axes(view), *(a for a in site.axes if a != "batch" and a not in together))
 
-    def init(key: jax.Array, view: View) -> dict[str, Named]:
-        out = {}
+    def init(key: jax.Array, view: View) -> Fitted:
+        out, top = {}, {}
         for name, site in view.sites.items():
-            if site.kind != "tap":
+            if site.kind == "weight":
                 raise InputError(
-                    f"fitted feedback predicts activations, and {name!r} is a weight: give it to a part of taps."
+                    f"fitted feedback predicts activations, and {name!r} is a weight: give it to a part of taps, or displace the weights per "
+                    "example where taps follow them."
                 )
             sizes = {**view.shares.sizes, **dict(zip(site.axes, site.shape, strict=True))}
             own = axes(site, view)
@@ -105,12 +132,18 @@ def fitted_feedback(
                     "take another predictor than fitted feedback."
                 )
             out[name] = Named(jnp.zeros([sizes[a] for a in own], view.outputs.value.dtype), own)
-        return out
+            units = tuple(a for a in own if a not in class_axes(view))
+            if any(other.kind == "arrival" for other in view.sites.values()):
+                top[name] = Named(
+                    jax.random.normal(site.key(key), [sizes[a] for a in units], view.outputs.value.dtype), units
+                )
+        most = math.prod(n for b in top.values() for n in b.sizes.values())
+        return Fitted(out, top, jnp.asarray(float(most), view.outputs.value.dtype))
 
-    def propose(key: jax.Array, state: Mapping[str, Named], view: View) -> dict[str, Named]:
+    def propose(key: jax.Array, state: Fitted, view: View) -> dict[str, Named]:
         out = {}
         for name, site in view.sites.items():
-            b, z = state[name], view.taps[name]
+            b, z = state.feedback[name], view.taps[name]
             lacking = tuple(a for a in b.axes if a in cell_axes(view) and a not in site.axes)
             full = (*lacking, *site.axes)
             sent = contract(full, view.error, b)
@@ -122,12 +155,12 @@ def fitted_feedback(
             out[name] = Named(value, full)
         return out
 
-    def observe(state: Mapping[str, Named], view: View, u: Mapping[str, Named], du: Mapping[str, Named]) -> Sample:
+    def observe(state: Fitted, view: View, u: Mapping[str, Named], du: Mapping[str, Named]) -> Sample:
         if not du:
             raise InputError(
                 "fitted feedback is fitted to directions, and its part has none: give the part a random guess."
             )
-        rest = du["shares"]
+        rest = du["shares"].sum_to(("draw", *cell_axes(view), *class_axes(view)))
         weight = Named(view.batch["weight"] / view.draws, ("batch",))
         apart = tuple(a for a in rest.axes if a == "draw" or a in cell_axes(view))
         like = lambda named, axes: jnp.broadcast_to(named.to(axes), [rest.sizes[a] for a in axes])
@@ -140,22 +173,36 @@ def fitted_feedback(
             on = along != 0 if mask is None else (along != 0) & (mask(z) != 0)
             length += like(contract(apart, v, v), apart)
             units += like(Named(on.astype(rest.value.dtype), v.axes).sum_to(apart), apart)
-            rest = Named(rest.value - like(contract(rest.axes, v, state[name]), rest.axes), rest.axes)
+            rest = Named(rest.value - like(contract(rest.axes, v, state.feedback[name]), rest.axes), rest.axes)
         scale = Named(jnp.where(length > 0, units / jnp.where(length > 0, length, 1), 0), apart)
-        rest = contract(rest.axes, rest, scale)
-        gradient = {}
-        for name, b in state.items():
+
+        def taught(told: Named, b: Named, name: str) -> Named:
+            """The mean over cells of v D / |v|² times what each is told, along the axes of B."""
             together = math.prod(n for a, n in rest.sizes.items() if a in shared and a not in b.axes)
-            mean = contract(rest.axes, rest, Named(weight.value / together, ("batch",)))
-            gradient[name] = Named(contract(b.axes, mean, moved[name]).value.astype(b.value.dtype), b.axes)
-        lacked = [a for a in rest.axes if a in shared and all(a not in b.axes for b in state.values())]
+            mean = contract(told.axes, contract(told.axes, told, scale), Named(weight.value / together, ("batch",)))
+            return Named(contract(b.axes, mean, moved[name]).value.astype(b.value.dtype), b.axes)
+
+        gradient = {name: taught(rest, b, name) for name, b in state.feedback.items()}
+        share = sum((like(contract(apart, moved[name], t), apart) for name, t in state.top.items()), jnp.zeros(()))
+        turned = {name: taught(Named(share, apart), t, name) for name, t in state.top.items()}
+        lacked = [a for a in rest.axes if a in shared and all(a not in b.axes for b in state.feedback.values())]
         count = view.draws * math.prod(rest.sizes[a] for a in lacked)
         each = Named(units, apart).sum_to(("batch",)).value * (units.shape[apart.index("batch")] / units.size)
-        return Sample(gradient, (each * view.batch["weight"]).sum(), count * jnp.ones_like(weight.value).sum())
+        cells = count * jnp.ones_like(weight.value).sum()
+        return Sample(gradient, (each * view.batch["weight"]).sum(), cells, turned)
 
-    def update(state: Mapping[str, Named], seen: Sample) -> dict[str, Named]:
-        alpha = rate / (1 + seen.units / seen.cells)
+    def update(state: Fitted, seen: Sample) -> Fitted:
+        alpha, top, largest = rate / (1 + seen.units / seen.cells), state.top, state.largest
+        if top:
+            length = lambda t: jnp.sqrt(sum(jnp.square(x.value).sum() for x in t.values()))
+            found = length(seen.turned)
+            largest = jnp.maximum(found / length(top), 0.9 * largest)
+            kept = lambda new, old: Named(
+                jnp.where(found > 0, new.value / jnp.where(found > 0, found, 1), old.value), old.axes
+            )
+            top = {name: kept(seen.turned[name], t) for name, t in top.items()}
+            alpha = rate / largest
         step = lambda b, gradient: Named(b.value + (alpha * gradient.value).astype(b.value.dtype), b.axes)
-        return {name: step(b, seen.gradient[name]) for name, b in state.items()}
+        return Fitted({name: step(b, seen.gradient[name]) for name, b in state.feedback.items()}, top, largest)
 
-    return Guess(propose, init, observe, update, name="fitted feedback", mask=mask, isotropic=False)
+    return Guess(propose, init, observe, update, name="fitted feedback", mask=mask, isotropic=False, at_arrivals=True)

@@ -11,7 +11,11 @@ from forwardgrad.engine import Estimator, Part
 from forwardgrad.errors import InputError, unknown
 from forwardgrad.guesses import feedback
 from forwardgrad.guesses.base import Guess
-from forwardgrad.guesses.fitted_feedback import fitted_feedback, relu_and_normalise
+from forwardgrad.guesses.fitted_feedback import (
+    fitted_feedback,
+    normalise_relu_and_normalise,
+    relu_and_normalise,
+)
 from forwardgrad.guesses.given import masked
 from forwardgrad.guesses.local import local_gradient
 from forwardgrad.guesses.ntk import ntk
@@ -95,7 +99,8 @@ def lg_fg_a_plus(
     parts = (Part(directions, insertions.activations(only), CELLS, predictor=predicted, draws=draws),)
     if but and (token_by == "weights" or (token_by == "fewest" and _fewer_weights(network, mask))):
         noise = {leaf: ("batch", *axes) for leaf, axes in tokens.items()}
-        parts += (Part(guess, insertions.weights(list(tokens), noise=noise), CELLS, draws=draws),)
+        back = fitted_feedback(predictor_rate, through=normalise_relu_and_normalise) if predictor == "fitted" else None
+        parts += (Part(guess, insertions.weights(list(tokens), noise=noise), CELLS, predictor=back, draws=draws),)
     elif but:
         parts += (Part(directions, insertions.activations("token"), CELLS, predictor=predicted, draws=draws),)
     return Estimator(network, targets.local(), parts)
