@@ -77,7 +77,9 @@ def pytest_handlecrashitem(crashitem, report, sched):
 
     A process that died of anything but the time limit is a failure, and so is a test that hangs twice.
     """
-    hung = time.monotonic() - STARTED[crashitem] >= float(sched.config.getini("faulthandler_timeout"))
+    # the worker counts from a moment before this process hears of the start; one that died before any test did not hang
+    lasted = time.monotonic() - STARTED.get(crashitem, time.monotonic())
+    hung = lasted >= float(sched.config.getini("faulthandler_timeout")) - 10
     if hung and crashitem not in HUNG:
         HUNG.append(crashitem)
         report.outcome = "hung"

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from test_one_way_street import crossed_by, with_streets
-from toynets import CELLS, along, distance, hadamard, mean, mixer, once, problem, setting, two_steps
+from toynets import CELLS, all_signs, along, distance, hadamard, mean, mixer, once, problem, setting, two_steps
 
 import forwardgrad as fg
 from forwardgrad import Named, recipes
@@ -19,7 +19,6 @@ from forwardgrad.guesses.weight_mirror import weight_mirror
 from forwardgrad.models import heads
 from forwardgrad.models.localmixer import LocalMixer
 from forwardgrad.models.mlp import MLP
-from forwardgrad.models.normalisation import normalise
 from forwardgrad.network import complete, leaf_paths
 from forwardgrad.recipes.frontier import PREDICTORS
 from forwardgrad.whole import Step
@@ -268,9 +267,14 @@ def test_unknown_choices_are_refused():
         fitted_feedback(1.5)
 
 
-def test_what_follows_a_tap_of_localmixer():
-    z = jax.random.normal(jax.random.key(0), (3, 4, 5), jnp.float64)
-    assert distance(relu_and_normalise(z), normalise(jax.nn.relu(z))) < 1e-14
+def test_what_follows_taps_and_linear_outputs_of_localmixer():
+    network, params, state, batch = tiny()
+    z = Step(network, fg.local(), params, state, complete(batch)).taps
+    into = params["block1"]["layers"]["channel"]
+    for name, follows in (("token", relu_and_normalise), ("token/linear", normalise_relu_and_normalise)):
+        y = follows(z[f"block1/{name}"].value)
+        out = jnp.einsum("npf,fgd->npgd", y, into["kernel"]) + into["bias"]
+        assert distance(out, z["block1/channel/linear"].value) < 1e-12, name
 
 
 # fitted feedback
@@ -326,12 +330,16 @@ def sharing(features):
     return fg.Network((fg.Block("a", apply, heads.linear(2 * features, 3, normal), init, weights=weights),))
 
 
+def with_features_alike(network):
+    params, state = jax.tree.map(lambda x: x.astype(jnp.float64), network.init(jax.random.key(0)))
+    alike, apart = (jax.random.normal(jax.random.key(i), (64, 3, c), jnp.float64) for i, c in ((1, 1), (2, 4)))
+    return params, state, {"inputs": alike + apart / 2, "labels": jnp.arange(64) % 3}
+
+
 def test_weights_are_predicted_where_they_arrive():
     """Features that are nearly alike: the step is one that is stable, and any single estimate becomes the gradient."""
     network = sharing(4)
-    params, state = jax.tree.map(lambda x: x.astype(jnp.float64), network.init(jax.random.key(0)))
-    alike, apart = (jax.random.normal(jax.random.key(i), (64, 3, c), jnp.float64) for i, c in ((1, 1), (2, 4)))
-    case = params, state, {"inputs": alike + apart / 2, "labels": jnp.arange(64) % 3}
+    case = with_features_alike(network)
     method = fg.estimator(
         network,
         target=fg.global_loss(),
@@ -345,12 +353,12 @@ def test_weights_are_predicted_where_they_arrive():
     assert list(learned.feedback) == ["a/z"]
     assert learned.feedback["a/z"].axes == ("class", "patch", "feature")
 
-    # Λ is the largest eigenvalue of the mean of v vᵀ D / |v|², all 64 directions of an example alike
-    rows = jnp.asarray(hadamard(8))[:, :6].reshape(-1, 3, 2)
+    # Λ is the largest eigenvalue of the mean of v vᵀ D / |v|², over all directions
+    rows = jnp.asarray(all_signs(6)).reshape(-1, 3, 2)
     v = jnp.einsum("npc,rpq->nrqc", case[2]["inputs"], rows).reshape(-1, 8)
     eigenvalues = jnp.linalg.eigvalsh((v.T / jnp.square(v).sum(1)) @ v * 8 / len(v))
     assert eigenvalues[-1] > 2.5, "a step of one over it, not of one"
-    assert float(learned.largest) == pytest.approx(float(eigenvalues[-1]), rel=0.2)
+    assert float(learned.largest) == pytest.approx(float(eigenvalues[-1]), rel=0.1)
 
     true = once(fg.recipes.bp(network), *case)
     for seed in range(3):
@@ -359,6 +367,82 @@ def test_weights_are_predicted_where_they_arrive():
     shared = dataclasses.replace(method, parts=(dataclasses.replace(method.parts[0], insertion=fg.weights()),))
     with pytest.raises(fg.InputError, match="displace the weights per example where taps follow them"):
         shared.init(jax.random.key(0), *case)
+
+
+def test_a_tap_that_is_displaced_and_arrived_at_learns_from_both():
+    network = sharing(4)
+    params, state, batch = with_features_alike(network)
+    insertion = fg.weights(per_example=True)._replace(taps=fg.activations().taps)
+    method = fg.estimator(
+        network,
+        target=fg.global_loss(),
+        guess=fg.rademacher(),
+        insertion=insertion,
+        partition=("batch",),
+        predictor=fitted_feedback(1.0, through=lambda z: z),
+    )
+    method, learned = taught(method, (params, state, batch), 400)
+    (fitted,) = [roles["predictor"] for roles in learned[0].values()]
+    true = params["a"]["readout"]["kernel"].reshape(2, 4, 3)
+    assert distance(fitted.feedback["a/z"].to(("patch", "feature", "class")), true) < 1e-6
+
+
+def test_predicted_weights_that_share_their_displacement_are_unbiased():
+    """A direction for each example, the same for all output units of a layer."""
+    network, (params, model_state, batch) = mixer(1), problem(1)
+    insertion = fg.weights(only="tok", noise={"tok": "batch in"})
+    build = lambda guess: fg.estimator(
+        network, target=fg.local(), guess=guess, insertion=insertion, partition=CELLS, predictor=fitted_feedback(0.5)
+    )
+    state = moved(build(fg.rademacher()).initial_state(jax.random.key(2), params, model_state, batch))
+    each = jax.jit(
+        jax.vmap(lambda row: build(along(row)).estimate(jax.random.key(3), state, params, model_state, batch)[0].grads)
+    )
+    true = jax.jit(lambda: once(fg.recipes.lg_bp(network), params, model_state, batch).grads)()
+    found = each(jnp.asarray(hadamard(128)))
+    assert distance(mean(found), true) < 1e-11
+    assert float(jnp.abs(found["b0"]["layers"]["tok"] - true["b0"]["layers"]["tok"]).max()) > 1e-4
+
+
+def test_few_cells_teach_slowly_enough():
+    """128 units in 4 cells: A of one step is far from its expectation, the identity."""
+    weights = {"kernel": ("in", "unit")}
+    normal = lambda key, shape: jax.random.normal(key, shape) / shape[0] ** 0.5
+    apply = lambda params, state, h, train: (fg.tap(h @ params["kernel"], "z", "batch unit"), state)
+    init = lambda key: ({"kernel": normal(key, (5, 128))}, ())
+    network = fg.Network((fg.Block("a", apply, heads.linear(128, 3, normal), init, weights=weights),))
+    params, state = jax.tree.map(lambda x: x.astype(jnp.float64), network.init(jax.random.key(0)))
+    case = (
+        params,
+        state,
+        {"inputs": jax.random.normal(jax.random.key(1), (4, 5), jnp.float64), "labels": jnp.arange(4) % 3},
+    )
+    method = fg.estimator(
+        network,
+        target=fg.global_loss(),
+        guess=fg.rademacher(),
+        insertion=fg.weights(per_example=True),
+        partition=("batch",),
+        predictor=fitted_feedback(1.0, through=lambda z: z),
+    )
+    _, learned = taught(method, case, 600)
+    (fitted,) = [roles["predictor"] for roles in learned[0].values()]
+    assert distance(fitted.feedback["a/z"].to(("unit", "class")), params["a"]["readout"]["kernel"]) < 1e-4
+
+
+def test_groups_are_added_up_where_no_site_keeps_them_apart():
+    """Token mixing feeds all groups, whose losses share one error: one matrix for all of them, unless channels are in the same part."""
+    network, *case = tiny()
+    axes = lambda **options: [
+        {name: b.axes for name, b in roles["predictor"].feedback.items()}
+        for part in begin(fg.recipes.lg_fg_a_plus(network, **options), *case)
+        for scope, roles in part.items()
+        if scope == "block1"
+    ]
+    channel = {"block1/channel": ("class", "group", "channel")}
+    assert axes(token_by="weights") == [channel, {"block1/token/linear": ("class", "feature")}]
+    assert axes(token_by="activities") == [channel, {"block1/token": ("class", "feature")}]
+    assert axes(token_by="together") == [{**channel, "block1/token": ("group", "class", "feature")}]
 
 
 @pytest.mark.parametrize(("units", "on"), [(32, 2), (64, 3)])
@@ -430,11 +514,6 @@ def test_token_weights_have_less_variance_with_feedback_where_they_arrive():
 
     fitted, none = taught(plus("fitted"), case, 80), plus("none")
     assert spread(*fitted) < 0.97 * spread(none, begin(none, *case))
-
-
-def test_what_follows_a_linear_layer_of_localmixer():
-    z = jax.random.normal(jax.random.key(0), (3, 4, 5), jnp.float64)
-    assert distance(normalise_relu_and_normalise(z), normalise(jax.nn.relu(normalise(z)))) < 1e-14
 
 
 def test_it_has_less_variance_than_lg_fg_a_by_hidden_taps_and_by_a_predictor():

@@ -12,7 +12,7 @@ from forwardgrad.losses.cross_entropy import (
     replicated_cross_entropy,
 )
 from forwardgrad.models import heads
-from forwardgrad.models.normalisation import EPSILON, normalise
+from forwardgrad.normalise import EPSILON, normalise
 
 pytestmark = pytest.mark.float64
 

@@ -15,8 +15,8 @@ from forwardgrad import checks, models
 from forwardgrad.bias import bias
 from forwardgrad.models.localmixer import LocalMixer, patchify
 from forwardgrad.models.mlp import MLP
-from forwardgrad.models.normalisation import normalise
 from forwardgrad.network import complete
+from forwardgrad.normalise import normalise
 from forwardgrad.whole import Step
 
 pytestmark = pytest.mark.float64

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from forwardgrad.models.normalisation import normalise
+from forwardgrad.normalise import normalise
 
 
 def test_a_vmapped_tangent_of_normalise_is_the_same_under_jit_in_float32():

@@ -242,6 +242,8 @@ def _leaks_of(
     if not sites:  # nothing is displaced
         return []
     found = []
+    if any(site.kind == "weight" for site in sites.values()):
+        mask = None  # of a prediction for weights, at the taps where they arrive: nothing of them is left out
     alone = [name for name, site in sites.items() if site.kind == "weight" and "batch" in site.noise_axes]
     if alone:
         coupling = couples_examples(estimator, params, model_state, batch, shrink=False)

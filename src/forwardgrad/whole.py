@@ -479,7 +479,7 @@ class Step:
         if found is None:
             return view
         sites = {site: at for site, at in view.sites.items() if site not in per_example}
-        for site in sorted(found - set(sites)):
+        for site in sorted(found):
             z, (block, name) = self.taps[site], self.run.where[site]
             shape = jnp.shape(z.value)
             sites[site] = Site(z.axes, shape, z.axes, shape, z.value.dtype, "arrival", self.first + block, name)
@@ -492,8 +492,9 @@ class Step:
           predictions: by tap; others than those where the weights arrive are passed over. Axes of the loss that the tap lacks are summed.
           sites: weights displaced per example.
         """
-        like = {site: jax.ShapeDtypeStruct((1, *at.noise_shape), at.dtype) for site, at in sites.items()}
-        axes = {site: ("draw", *at.noise_axes) for site, at in sites.items()}
+        # an own weight for each example, whatever else its displacement is shared along
+        like = {s: jax.ShapeDtypeStruct((1, len(self.batch["weight"]), *at.shape), at.dtype) for s, at in sites.items()}
+        axes = {site: ("draw", "batch", *at.axes) for site, at in sites.items()}
 
         def forward(values: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
             moved = self.at_taps({site: Named(value, axes[site]) for site, value in values.items()})
@@ -506,7 +507,7 @@ class Step:
             value = predictions[site].sum_to(z.axes).to(("draw", *z.axes))
             given[site] = jnp.broadcast_to(value, (1, *jnp.shape(z.value))).astype(z.value.dtype)
         (back,) = jax.linear_transpose(forward, like)(given)
-        return {site: Named(value[0], sites[site].noise_axes) for site, value in back.items()}
+        return {site: Named(value[0], axes[site][1:]) for site, value in back.items()}
 
     def push(self, part: Part, u: Mapping[str, Named], inputs: Any = None) -> Pushed:
         """Tangents along the directions, with a leading draw axis.

@@ -18,23 +18,21 @@ from forwardgrad.errors import InputError
 from forwardgrad.guesses.base import Guess, Site, View
 from forwardgrad.guesses.given import relu_mask
 from forwardgrad.named import Named, contract
+from forwardgrad.normalise import normalise
 
 Through = Callable[[jax.Array], jax.Array]
+
+STARTS = 2  # vectors in a power iteration: products with two are products of matrices, and take less time than with one
 
 
 def relu_and_normalise(z: jax.Array) -> jax.Array:
     """What follows a tap of LocalMixer in its own layer: the ReLU, and the normalisation over the last axis that the next layer begins with."""
-    return _normalise(jax.nn.relu(z))
+    return normalise(jax.nn.relu(z))
 
 
 def normalise_relu_and_normalise(z: jax.Array) -> jax.Array:
     """What follows the linear output below such a tap: the normalisation that the layer ends with comes first."""
-    return relu_and_normalise(_normalise(z))
-
-
-def _normalise(z: jax.Array) -> jax.Array:
-    mean = z.mean(-1, keepdims=True)
-    return (z - mean) * jax.lax.rsqrt(jnp.square(z - mean).mean(-1, keepdims=True) + 1e-5)
+    return relu_and_normalise(normalise(z))
 
 
 class Fitted(NamedTuple):
@@ -66,23 +64,24 @@ def fitted_feedback(
 
     n the example, c the cell. B descends the mean over examples, cells along `shared` and draws of ½ D |d - Σ v B|² / |v|², from zero:
 
-        B <- B + α · mean (d - Σ v B) ⊗ v D[n, c] / |v[n, c]|²,    α = rate / (1 + D/M),
+        B <- B + α · mean (d - Σ v B) ⊗ v D[n, c] / |v[n, c]|²,    α = rate / (Λ + D/M),
 
     |v|² summed over the units that the cell sees, D[n, c] how many of them are displaced and on, D its mean, M the cells that teach one B. Where
     the shares depend on y linearly and alike in all cells, B becomes their Jacobian and the prediction exact; else it becomes the best
-    linear fit. A step multiplies the error of B by 1 - α λ, λ the eigenvalues of the mean of v vᵀ D / |v|². For independent signs, and y a ReLU of z,
-    the mean's expectation is diagonal: the share of cells in which a unit is on, at most 1; in M cells it is at most about
-    (1 + √(D/M))² <= 2 (1 + D/M) by chance, so that the error does not grow for rates up to 1. A normalisation in `through` takes one of the D
-    dimensions away, two where all units are on: λ is then about D / (D - 2) at most, which says nothing for two units.
+    linear fit. A step multiplies the error of B by 1 - α λ, λ the eigenvalues of A, the mean of v vᵀ D / |v|², and by chance adds to it as if λ were
+    D/M larger. For independent signs, and y a ReLU of z, A's expectation is diagonal: the share of cells in which a unit is on, at most Λ = 1. A
+    normalisation in `through` takes one of the D dimensions away, two where all units are on: λ is then about D / (D - 2) at most, which says
+    nothing for two units.
 
     **Weights displaced per example** are predicted at the taps where they arrive (`Guess.at_arrivals`): v is the tangent there, and the
     prediction goes back to the weights through their one layer. What arrives from few weights is correlated between the units that share them: λ
-    may be as large as D. Then α = rate / Λ, Λ the largest eigenvalue of A, the mean of v vᵀ D / |v|². A vector t that each step turns to
-    A t / |A t| finds it (power iteration), and Λ <- max(|A t|, 0.9 Λ) comes down to it from D.
+    may be as large as D, and Λ is the largest that is found. Two vectors t that each step turns to A t / |A t| find it (power iteration), and
+    Λ <- max(|A t|, 0.9 Λ) comes down to it from the number of all units.
 
-    Cost: per draw and site two products like the head's, one as large again for e B; a site that lacks an axis of the cells that another site of
-    the part has, as token mixing lacks the channels' groups, has them for each of their slices. State: [such axes, class, units] per layer, units
-    without those of other examples and of shared axes. As a predictor of a random guess it leaves the estimate unbiased.
+    Cost: per draw and site two products like the head's, one as large again for e B, and for weights one with t twice and the way back through
+    their layer; a site that lacks an axis which another site of the part or the outputs have, as token mixing lacks the channels' groups, has them
+    for each of its slices. State: [such axes, class, units] per layer, units without those of other examples and of shared axes; for weights
+    two vectors t more. As a predictor of a random guess it leaves the estimate unbiased.
 
     Args:
       rate: between 0 and 1.
@@ -120,8 +119,8 @@ def fitted_feedback(
         for name, site in view.sites.items():
             if site.kind == "weight":
                 raise InputError(
-                    f"fitted feedback predicts activations, and {name!r} is a weight: give it to a part of taps, or displace the weights per "
-                    "example where taps follow them."
+                    f"fitted feedback predicts activations, and {name!r} is a weight, not displaced per example or with a way past all taps: give it "
+                    "to a part of taps, or displace the weights per example where taps follow them (lg-fg-a-plus: --token-by activities)."
                 )
             sizes = {**view.shares.sizes, **dict(zip(site.axes, site.shape, strict=True))}
             own = axes(site, view)
@@ -134,10 +133,9 @@ def fitted_feedback(
             out[name] = Named(jnp.zeros([sizes[a] for a in own], view.outputs.value.dtype), own)
             units = tuple(a for a in own if a not in class_axes(view))
             if any(other.kind == "arrival" for other in view.sites.values()):
-                top[name] = Named(
-                    jax.random.normal(site.key(key), [sizes[a] for a in units], view.outputs.value.dtype), units
-                )
-        most = math.prod(n for b in top.values() for n in b.sizes.values())
+                shape = (*(sizes[a] for a in units), STARTS)
+                top[name] = Named(jax.random.normal(site.key(key), shape, view.outputs.value.dtype), (*units, "~start"))
+        most = sum(t.value.size / STARTS for t in top.values()) if top else 1
         return Fitted(out, top, jnp.asarray(float(most), view.outputs.value.dtype))
 
     def propose(key: jax.Array, state: Fitted, view: View) -> dict[str, Named]:
@@ -183,8 +181,9 @@ def fitted_feedback(
             return Named(contract(b.axes, mean, moved[name]).value.astype(b.value.dtype), b.axes)
 
         gradient = {name: taught(rest, b, name) for name, b in state.feedback.items()}
-        share = sum((like(contract(apart, moved[name], t), apart) for name, t in state.top.items()), jnp.zeros(()))
-        turned = {name: taught(Named(share, apart), t, name) for name, t in state.top.items()}
+        seen = lambda name, t: contract((*apart, "~start"), moved[name], t).to((*apart, "~start"))
+        share = Named(sum((seen(name, t) for name, t in state.top.items()), jnp.zeros(())), (*apart, "~start"))
+        turned = {name: taught(share, t, name) for name, t in state.top.items()}
         lacked = [a for a in rest.axes if a in shared and all(a not in b.axes for b in state.feedback.values())]
         count = view.draws * math.prod(rest.sizes[a] for a in lacked)
         each = Named(units, apart).sum_to(("batch",)).value * (units.shape[apart.index("batch")] / units.size)
@@ -192,16 +191,16 @@ def fitted_feedback(
         return Sample(gradient, (each * view.batch["weight"]).sum(), cells, turned)
 
     def update(state: Fitted, seen: Sample) -> Fitted:
-        alpha, top, largest = rate / (1 + seen.units / seen.cells), state.top, state.largest
+        top, largest = state.top, state.largest
         if top:
-            length = lambda t: jnp.sqrt(sum(jnp.square(x.value).sum() for x in t.values()))
+            length = lambda t: jnp.sqrt(sum(jnp.square(x.value).reshape(-1, STARTS).sum(0) for x in t.values()))
             found = length(seen.turned)
-            largest = jnp.maximum(found / length(top), 0.9 * largest)
+            largest = jnp.maximum((found / length(top)).max(), 0.9 * largest)
             kept = lambda new, old: Named(
                 jnp.where(found > 0, new.value / jnp.where(found > 0, found, 1), old.value), old.axes
             )
             top = {name: kept(seen.turned[name], t) for name, t in top.items()}
-            alpha = rate / largest
+        alpha = rate / (largest + seen.units / seen.cells)
         step = lambda b, gradient: Named(b.value + (alpha * gradient.value).astype(b.value.dtype), b.axes)
         return Fitted({name: step(b, seen.gradient[name]) for name, b in state.feedback.items()}, top, largest)
 

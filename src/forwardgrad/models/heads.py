@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from forwardgrad.losses.cross_entropy import cross_entropy, replicated_cross_entropy
 from forwardgrad.losses.products import product
-from forwardgrad.models.normalisation import normalise
 from forwardgrad.named import Named
 from forwardgrad.network import Readout
+from forwardgrad.normalise import normalise
 
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 

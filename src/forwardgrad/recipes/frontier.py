@@ -56,14 +56,15 @@ def lg_fg_a_plus(
     - *hidden taps*: the tap right below each local loss is not displaced. Its layer gets its exact gradient, one hop through the head's
       weights, and its units add no noise to the scalar of all others.
     - *a predictor* p: the error through feedback matrices that are fitted to the tangents (`fitted_feedback` of `guesses.fitted_feedback`, through
-      LocalMixer's ReLU and normalisation). The variance is that of ∇ - p in place of ∇.
+      LocalMixer's ReLU and normalisations), of token weights at the linear output where they arrive. The variance is that of ∇ - p in place of ∇.
     - *token mixing in a tangent of its own, by whichever is fewer*: the column of P weights and a bias that makes an output patch, a direction
       per example, or the activities that share the column: C features, about C/2 where those that are off are left out. In one tangent tokens
       and channels drown in each other's noise, the channel layers most of all where the tokens' weights are displaced.
 
-    Total variance of a cell's credits: (D ± 1)|∇ - p|² / K for the D hidden units of a block's channel layer, (P + 1 ± 1)|∇|² / K for a column of
-    token weights. Cost: 1 forward pass, K tangents, K more where there is token mixing, and the pullback of each layer. Memory: as `lg-fg-a`,
-    the feedback's matrices, a direction of token weights per example; a prediction for token activities has their size times the groups.
+    Total variance of a cell's credits: (D ± 1)|∇ - p|² / K for the D hidden units of a block's channel layer, (P + 1 ± 1)|∇ - p|² / K for a column
+    of token weights. Cost: 1 forward pass, K tangents, K more where there is token mixing, and the pullback of each layer. Memory: as `lg-fg-a`,
+    the feedback's matrices, a direction and a prediction of token weights per example; with `together` a prediction for token activities has their
+    size times the groups.
 
     With `perturbed="all"`, `predictor="none"`, `token_by="together"` this is `lg-fg-a` with its mask. On networks with skips past a tap,
     which LocalMixer does not have, `hidden` leaves fewer taps out (see `insertions.Hidden`).
@@ -73,13 +74,14 @@ def lg_fg_a_plus(
       perturbed: `hidden` or `all` taps.
       predictor: `fitted`; `average`, FDFA's moving average of Bacho & Chu (2023), times the ReLU's derivative; `random` feedback; `local` or
         `ntk`, the gradient of the block's own loss or of one through a random readout (Fournier et al. 2023), and `mirror`, a way back through
-        weights learned from the tangents: these three go back through the whole block; `none`.
+        weights learned from the tangents: these three go back through the whole block; `none`. Token weights are predicted by `fitted` alone.
       predictor_rate: of `fitted` and `average`, which wants less: 0.02 was its best on held-out images (docs/frontier.md).
       token_by: `weights`, `activities` or `fewest` of the two, in a tangent of their own; `together`: activities, in the tangent of all others.
         Networks without weights of a layer called "token" are the same with all.
 
     Raises:
-      InputError: unknown `perturbed`, `predictor` or `token_by`; an average with a rate above one.
+      InputError: unknown `perturbed`, `predictor` or `token_by`; an average with a rate above one; (when used) `fitted`, and token weights from
+        which a way leads past all taps.
     """
     for name, value, known in (
         ("choice of perturbed taps", perturbed, ("hidden", "all")),
