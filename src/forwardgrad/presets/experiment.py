@@ -101,8 +101,9 @@ class Experiment(Generic[M]):
     perturbed: Literal["hidden", "all"] = "hidden"
     """lg-fg-a-plus only: perturb all taps, or leave out those right below each local loss, whose layer is then exact"""
     predictor: Literal["fitted", "average", "random", "local", "ntk", "mirror", "none"] = "fitted"
-    """lg-fg-a-plus only: control variate: feedback fitted to the tangents, its moving average as in fdfa, random feedback, the gradient of
-    the block's own loss, or of one through a random readout, a way back through weights learned from the tangents; none"""
+    """lg-fg-a-plus only: control variate: feedback fitted to the tangents, its moving average as in fdfa, random feedback; local, ntk, mirror,
+    which go back through a block: the gradient of its own loss, of one through a random readout, or through weights that tangents
+    have taught; none"""
     predictor_rate: float = 0.4
     """lg-fg-a-plus only: rate at which the predictors fitted and average learn; average wants less, about 0.02"""
     token_by: Literal["fewest", "weights", "activities", "together"] = "fewest"
