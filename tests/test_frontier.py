@@ -336,18 +336,23 @@ def with_features_alike(network):
     return params, state, {"inputs": alike + apart / 2, "labels": jnp.arange(64) % 3}
 
 
+def with_weights_predicted(network, taps=None):
+    """Weights displaced per example, and taps, each example's loss apart, what arrives at a tap handed on as it is."""
+    return fg.estimator(
+        network,
+        target=fg.global_loss(),
+        guess=fg.rademacher(),
+        insertion=fg.weights(per_example=True)._replace(taps=taps),
+        partition=("batch",),
+        predictor=fitted_feedback(1.0, through=lambda z: z),
+    )
+
+
 def test_weights_are_predicted_where_they_arrive():
     """Features that are nearly alike: the step is one that is stable, and any single estimate becomes the gradient."""
     network = sharing(4)
     case = with_features_alike(network)
-    method = fg.estimator(
-        network,
-        target=fg.global_loss(),
-        guess=fg.rademacher(),
-        insertion=fg.weights(per_example=True),
-        partition=("batch",),
-        predictor=fitted_feedback(1.0, through=lambda z: z),
-    )
+    method = with_weights_predicted(network)
     method, state = taught(method, case, 400)
     (learned,) = [roles["predictor"] for roles in state[0].values()]
     assert list(learned.feedback) == ["a/z"]
@@ -372,15 +377,7 @@ def test_weights_are_predicted_where_they_arrive():
 def test_a_tap_that_is_displaced_and_arrived_at_learns_from_both():
     network = sharing(4)
     params, state, batch = with_features_alike(network)
-    insertion = fg.weights(per_example=True)._replace(taps=fg.activations().taps)
-    method = fg.estimator(
-        network,
-        target=fg.global_loss(),
-        guess=fg.rademacher(),
-        insertion=insertion,
-        partition=("batch",),
-        predictor=fitted_feedback(1.0, through=lambda z: z),
-    )
+    method = with_weights_predicted(network, taps=fg.activations().taps)
     method, learned = taught(method, (params, state, batch), 400)
     (fitted,) = [roles["predictor"] for roles in learned[0].values()]
     true = params["a"]["readout"]["kernel"].reshape(2, 4, 3)
@@ -404,6 +401,25 @@ def test_predicted_weights_that_share_their_displacement_are_unbiased():
     assert float(jnp.abs(found["b0"]["layers"]["tok"] - true["b0"]["layers"]["tok"]).max()) > 1e-4
 
 
+def test_the_prediction_alone_serves_weights():
+    """The mask of a prediction is that of taps, of which a part of weights has none to check."""
+    network, case = mixer(1), problem(1)
+    method = fg.estimator(
+        network,
+        target=fg.local(),
+        guess=fg.rademacher(),
+        insertion=fg.weights(only="tok", per_example=True),
+        partition=CELLS,
+        rule=fg.rules.prediction_only,
+        predictor=fitted_feedback(0.5),
+    )
+    state = method.init(jax.random.key(0), *case)
+    estimate, state, _ = method.estimate(jax.random.key(1), state, *case)
+    assert float(jnp.abs(estimate.grads["b0"]["layers"]["tok"]).max()) == 0, "nothing is learned before the first step"
+    estimate = method.estimate(jax.random.key(2), state, *case)[0]
+    assert float(jnp.abs(estimate.grads["b0"]["layers"]["tok"]).max()) > 0
+
+
 def test_few_cells_teach_slowly_enough():
     """128 units in 4 cells: A of one step is far from its expectation, the identity."""
     weights = {"kernel": ("in", "unit")}
@@ -417,14 +433,7 @@ def test_few_cells_teach_slowly_enough():
         state,
         {"inputs": jax.random.normal(jax.random.key(1), (4, 5), jnp.float64), "labels": jnp.arange(4) % 3},
     )
-    method = fg.estimator(
-        network,
-        target=fg.global_loss(),
-        guess=fg.rademacher(),
-        insertion=fg.weights(per_example=True),
-        partition=("batch",),
-        predictor=fitted_feedback(1.0, through=lambda z: z),
-    )
+    method = with_weights_predicted(network)
     _, learned = taught(method, case, 600)
     (fitted,) = [roles["predictor"] for roles in learned[0].values()]
     assert distance(fitted.feedback["a/z"].to(("unit", "class")), params["a"]["readout"]["kernel"]) < 1e-4
